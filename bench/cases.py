@@ -1,0 +1,131 @@
+"""What is measured: attention cases, the files they come from, their inputs and their work.
+
+A shape file holds one case per line::
+
+    B  Hq  Hkv  Lq  Lk  D[/Dv]  full|causal     # where the case comes from
+
+Work is counted by the conventions of the FlashAttention papers:
+
+* forward   2 Lq Lk (D + Dv) floating-point operations per head (two matrix products),
+* backward  2.5 times the forward (five products, the recomputed scores among them),
+* causal    exactly half of full,
+* one query (decode) is counted in bytes instead: those of K and V, each read once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SHAPES_DIR = Path(__file__).with_name("shapes")
+BACKWARD_FACTOR = 2.5
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem in one dtype and one direction ("forward" or "backward")."""
+
+    B: int
+    Hq: int
+    Hkv: int
+    Lq: int
+    Lk: int
+    D: int
+    Dv: int
+    causal: bool
+    source: str = ""
+    dtype: str = "float32"
+    direction: str = "forward"
+
+    @property
+    def shape(self) -> str:
+        """The case as the tables print it, without dtype and direction."""
+        heads = f"{self.Hq}" if self.Hq == self.Hkv else f"{self.Hq}/{self.Hkv}"
+        width = f"{self.D}" if self.D == self.Dv else f"{self.D}/{self.Dv}"
+        mask = "causal" if self.causal else "full"
+        return f"{self.B}, {heads}, {self.Lq}, {self.Lk}, {width} {mask}"
+
+    @property
+    def is_decode(self) -> bool:
+        """One query and no gradient: a matter of bandwidth."""
+        return self.Lq == 1 and self.direction == "forward"
+
+    @property
+    def unit(self) -> str:
+        return "GB/s" if self.is_decode else "GFLOP/s"
+
+    @property
+    def work(self) -> float:
+        """FLOP of the case, or bytes of K and V for decode."""
+        if self.is_decode:
+            return float(self.kv_bytes)
+        flops = 2.0 * self.B * self.Hq * self.Lq * self.Lk * (self.D + self.Dv)
+        if self.causal:
+            flops /= 2
+        return flops * (BACKWARD_FACTOR if self.direction == "backward" else 1.0)
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.B * self.Hkv * self.Lk * (self.D + self.Dv) * ITEM_BYTES[self.dtype]
+
+    @property
+    def input_bytes(self) -> int:
+        queries = self.B * self.Hq * self.Lq * self.D
+        if self.direction == "backward":  # out and dout are read as well
+            queries += 2 * self.B * self.Hq * self.Lq * self.Dv
+        return self.kv_bytes + queries * ITEM_BYTES[self.dtype]
+
+
+def load_shapes(name: str) -> list[Case]:
+    """The cases of ``shapes/<name>.txt``, or of a file given by its path."""
+    path = Path(name) if name.endswith(".txt") else SHAPES_DIR / f"{name}.txt"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in SHAPES_DIR.glob("*.txt")))
+        raise SystemExit(f"no shape file {path}; there are: {known}")
+    cases = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        fields, _, source = line.partition("#")
+        if fields.strip():
+            cases.append(_parse(fields.split(), source.strip(), f"{path}:{number}"))
+    return cases
+
+
+def _parse(fields: list[str], source: str, where: str) -> Case:
+    try:
+        *sizes, width, mask = fields
+        B, Hq, Hkv, Lq, Lk = map(int, sizes)
+        D, Dv = map(int, width.split("/") if "/" in width else (width, width))
+        causal = {"full": False, "causal": True}[mask]
+    except (ValueError, KeyError):
+        raise SystemExit(f"{where}: expected 'B Hq Hkv Lq Lk D[/Dv] full|causal'") from None
+    if causal and Lq != Lk:
+        raise SystemExit(f"{where}: libraries disagree on what causal means for Lq != Lk")
+    return Case(B, Hq, Hkv, Lq, Lk, D, Dv, causal, source)
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """NumPy's dtype of this name; bfloat16 is that of ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def make_inputs(case: Case, seed: int = 0) -> list[np.ndarray]:
+    """q, k, v and, for the backward, dout: standard normal, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    shapes = [
+        (case.B, case.Hq, case.Lq, case.D),
+        (case.B, case.Hkv, case.Lk, case.D),
+        (case.B, case.Hkv, case.Lk, case.Dv),
+    ]
+    if case.direction == "backward":
+        shapes.append((case.B, case.Hq, case.Lq, case.Dv))
+    dtype = numpy_dtype(case.dtype)
+    normal = (rng.standard_normal(shape, dtype=np.float32) for shape in shapes)
+    return [array.astype(dtype, copy=False) for array in normal]

@@ -1,0 +1,217 @@
+"""What comes out of a run: Markdown tables, one JSON file, one plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cases import Case
+
+OURS = "fastattn"
+
+
+@dataclass
+class Measurement:
+    """One candidate on one case: a verdict and, if that is "ok", a figure per round."""
+
+    case: Case
+    candidate: str
+    status: str = "ok"
+    error: float | None = None
+    seconds: list[float] = field(default_factory=list)  # median call of each round
+    peaks: list[float | None] = field(default_factory=list)  # live peak beside it
+
+    @property
+    def rate(self) -> float | None:
+        """FLOP/s, or bytes/s for decode."""
+        return self.case.work / median(self.seconds) if self.seconds else None
+
+    @property
+    def spread(self) -> float | None:
+        """Median absolute deviation of the rounds, relative to their median."""
+        if not self.seconds:
+            return None
+        middle = median(self.seconds)
+        return median(abs(s - middle) for s in self.seconds) / middle
+
+    @property
+    def share(self) -> float | None:
+        """Share of the peak measured right after each round."""
+        pairs = [(s, p) for s, p in zip(self.seconds, self.peaks, strict=True) if p]
+        return median(self.case.work / s / p for s, p in pairs) if pairs else None
+
+    @property
+    def peak(self) -> float | None:
+        known = [peak for peak in self.peaks if peak]
+        return median(known) if known else None
+
+    def faster_than(self, other: Measurement) -> float:
+        """How many times faster than `other`: the median over the rounds they shared."""
+        return median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
+
+    def as_dict(self) -> dict[str, Any]:
+        derived = {"unit": self.case.unit, "rate": self.rate, "share": self.share}
+        derived |= {"peak": self.peak, "spread": self.spread}
+        return {**asdict(self), **derived}
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """An aligned Markdown table; the first column to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        first, *others = (
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "| " + " | ".join([first, *others]) + " |"
+
+    rule = "|" + "|".join(
+        "-" * (width + 1) + ("-" if index == 0 else ":") for index, width in enumerate(widths)
+    )
+    return "\n".join([line(header), rule + "|", *map(line, rows)])
+
+
+def rate_tables(measurements: list[Measurement]) -> str:
+    """One table for each dtype, direction and unit, a row per shape, a column per candidate."""
+    return "\n\n".join(
+        f"### {direction}, {dtype}: {unit}, (share of the measured peak)\n\n" + _rate_table(group)
+        for (dtype, direction, unit), group in grouped(measurements)
+    )
+
+
+def grouped(measurements: list[Measurement]):
+    """((dtype, direction, unit), the measurements that share them), in the order measured."""
+    groups: dict[tuple[str, str, str], list[Measurement]] = {}
+    for m in measurements:
+        groups.setdefault((m.case.dtype, m.case.direction, m.case.unit), []).append(m)
+    return list(groups.items())
+
+
+def _rate_table(measurements: list[Measurement]) -> str:
+    names = list(dict.fromkeys(m.candidate for m in measurements))
+    rows = []
+    for shape, group in by_shape(measurements):
+        cells = {m.candidate: m for m in group}
+        peak = next((m.peak for m in group if m.peak), None)
+        row = [shape, f"{peak / 1e9:.0f}" if peak else "unknown"]
+        row += [_rate_cell(cells[name]) if name in cells else "" for name in names]
+        rows.append([*row, *_against_best(cells)])
+    times = [f"{OURS} time", f"{OURS} / best other"] if OURS in names else []
+    return markdown(["B, H, Lq, Lk, D", "peak", *names, *times], rows)
+
+
+def by_shape(measurements: Iterable[Measurement]):
+    """(shape, its measurements), in the order of the file."""
+    shapes: dict[str, list[Measurement]] = {}
+    for m in measurements:
+        shapes.setdefault(m.case.shape, []).append(m)
+    return shapes.items()
+
+
+def _rate_cell(m: Measurement) -> str:
+    if m.status != "ok":
+        return m.status
+    share = f" ({m.share:.0%})" if m.share else ""
+    return f"{m.rate / 1e9:.3g}{share}" if m.rate < 1e12 else f"{m.rate / 1e9:.0f}{share}"
+
+
+def _against_best(cells: dict[str, Measurement]) -> list[str]:
+    ours = cells.get(OURS)
+    if ours is None:
+        return []
+    if not ours.seconds:
+        return ["", ""]
+    ratios = {n: ours.faster_than(m) for n, m in cells.items() if m.seconds and n != OURS}
+    best = min(ratios, key=ratios.get, default=None)
+    return [duration(median(ours.seconds)), f"{ratios[best]:.2f} ({best})" if best else ""]
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size or unit == "us":
+            return f"{seconds / size:.3g} {unit}"
+    raise AssertionError
+
+
+def write_json(path: Path, **content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+def plot(path: Path, measurements: list[Measurement], title: str) -> None:
+    """A panel per dtype and direction: rate per shape, or against length; the peak on top."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = grouped([m for m in measurements if m.seconds])
+    if not panels:
+        return
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(_names(measurements)))}
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(11, 3.6 * len(panels)), squeeze=False, layout="constrained"
+    )
+    for axis, ((dtype, direction, unit), group) in zip(axes[:, 0], panels, strict=True):
+        draw = _draw_lines if _differ_in_length_only(group) else _draw_bars
+        draw(axis, group, colors)
+        axis.set_title(f"{direction}, {dtype}", loc="left")
+        axis.set_ylabel(unit)
+        axis.set_ylim(bottom=0)
+        axis.grid(axis="y", alpha=0.3)
+        axis.legend(ncols=4, fontsize="small", loc="lower right")
+    figure.suptitle(title, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _names(measurements: Iterable[Measurement]) -> list[str]:
+    return [m.candidate for m in measurements]
+
+
+def _differ_in_length_only(group: list[Measurement]) -> bool:
+    kinds = {(m.case.Hq, m.case.Hkv, m.case.D, m.case.Dv, m.case.Lq == 1) for m in group}
+    return len(kinds) == 1 and len({m.case.Lk for m in group}) > 3
+
+
+def _draw_lines(axis, group: list[Measurement], colors: dict[str, str]) -> None:
+    for name in dict.fromkeys(_names(group)):
+        for causal, style in ((False, "o-"), (True, "s--")):
+            line = [m for m in group if m.candidate == name and m.case.causal == causal]
+            if line:
+                label = f"{name} causal" if causal else name
+                rates = [m.rate / 1e9 for m in line]
+                lengths = [m.case.Lk for m in line]
+                axis.plot(lengths, rates, style, color=colors[name], label=label, markersize=4)
+    peaks = [(shape[0].case.Lk, _peak(shape)) for _, shape in by_shape(group) if _peak(shape)]
+    if peaks:
+        axis.plot(*zip(*sorted(peaks), strict=True), "k:", label="measured peak")
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("length of keys")
+
+
+def _draw_bars(axis, group: list[Measurement], colors: dict[str, str]) -> None:
+    names = list(dict.fromkeys(_names(group)))
+    shapes = list(by_shape(group))
+    width = 0.8 / len(names)
+    for offset, name in enumerate(names):
+        bars = {i: m for i, (_, ms) in enumerate(shapes) for m in ms if m.candidate == name}
+        positions = [i - 0.4 + (offset + 0.5) * width for i in bars]
+        heights = [m.rate / 1e9 for m in bars.values()]
+        axis.bar(positions, heights, width, color=colors[name], label=name)
+    for i, (_, ms) in enumerate(shapes):
+        if _peak(ms):
+            label = "measured peak" if i == 0 else None
+            axis.plot([i - 0.45, i + 0.45], [_peak(ms)] * 2, "k:", label=label)
+    axis.set_xticks(range(len(shapes)), [shape for shape, _ in shapes], rotation=12, ha="right")
+
+
+def _peak(measurements: list[Measurement]) -> float | None:
+    peaks = [m.peak / 1e9 for m in measurements if m.peak]
+    return median(peaks) if peaks else None

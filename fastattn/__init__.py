@@ -1,0 +1,39 @@
+"""Exact flash attention for NumPy arrays, forward and backward, on the CPU.
+
+A map of the package::
+
+    scaled_dot_product_attention     PyTorch's function, for NumPy arrays
+    attention.attention_forward      out and log-sum-exp, all options       -> AttentionResult
+    attention.attention_backward     their gradients                        -> AttentionGradients
+    merge_attention_states           two results over two sets of keys, as one
+    safe_softmax, safe_softmax_backward      softmax whose rows may be fully masked
+    set_num_threads, get_num_threads         how many threads a call takes
+    show_config                      what was built, what runs here and why
+
+    testing                          the oracle: plain attention, error bounds, assert helpers
+    introspect                       what show_config shows, as values
+
+A call walks one way: `attention` checks and normalises its arguments into one `_problem.Problem`
+(arrays of other libraries come in through `_dlpack`), `_backends` picks the backend by the type of
+the arrays, and the backend, `_cpu`, fills the results with the kernels of `_cpu_kernels`.
+
+Importing the package imports NumPy and nothing else.
+"""
+
+from fastattn import attention
+from fastattn.attention import scaled_dot_product_attention
+from fastattn.introspect import show_config
+from fastattn.softmax import safe_softmax, safe_softmax_backward
+from fastattn.states import merge_attention_states
+from fastattn.threads import get_num_threads, set_num_threads
+
+__all__ = [
+    "attention",
+    "get_num_threads",
+    "merge_attention_states",
+    "safe_softmax",
+    "safe_softmax_backward",
+    "scaled_dot_product_attention",
+    "set_num_threads",
+    "show_config",
+]

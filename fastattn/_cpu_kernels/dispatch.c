@@ -1,0 +1,54 @@
+// The table of everything that exists on the CPU, and what this machine can run of it.
+// Compiled with baseline flags only. A new ISA: its <isa>_<type>.c files, its flags in
+// setup.py, one row here and one line in fa_isa_missing.
+#include <sched.h>
+#include <string.h>
+#include "kernels.h"
+
+extern const fa_kernels fa_portable_f32, fa_portable_f64, fa_avx2_f32, fa_avx2_f64, fa_avx512_f32,
+    fa_avx512_f64, fa_avx512_bf16_bf16;
+
+const fa_isa fa_isas[] = {
+    {"portable", "nothing beyond the baseline", &fa_portable_f32, &fa_portable_f64, 0},
+#ifdef FASTATTN_HAVE_AVX2
+    {"avx2", "AVX2, FMA, F16C", &fa_avx2_f32, &fa_avx2_f64, 0},
+#endif
+#ifdef FASTATTN_HAVE_AVX512
+    {"avx512", "AVX-512 F, DQ, BW, VL", &fa_avx512_f32, &fa_avx512_f64, 0},
+#endif
+#ifdef FASTATTN_HAVE_AVX512_BF16
+    {"avx512_bf16", "AVX-512 F, DQ, BW, VL, BF16", &fa_avx512_f32, &fa_avx512_f64, &fa_avx512_bf16_bf16},
+#endif
+};
+const int fa_isa_count = sizeof fa_isas / sizeof *fa_isas;
+
+// __builtin_cpu_supports asks the operating system too: a feature whose registers it does
+// not save is reported as absent.
+const char *fa_isa_missing(const char *name) {
+    if (!strcmp(name, "portable")) return "";
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2")) return "AVX2";
+    if (!__builtin_cpu_supports("fma")) return "FMA";
+    if (!__builtin_cpu_supports("f16c")) return "F16C";
+    if (!strcmp(name, "avx2")) return "";
+    if (!__builtin_cpu_supports("avx512f")) return "AVX-512 F";
+    if (!__builtin_cpu_supports("avx512dq")) return "AVX-512 DQ";
+    if (!__builtin_cpu_supports("avx512bw")) return "AVX-512 BW";
+    if (!__builtin_cpu_supports("avx512vl")) return "AVX-512 VL";
+    if (!strcmp(name, "avx512")) return "";
+    if (!__builtin_cpu_supports("avx512bf16")) return "AVX-512 BF16";
+    if (!strcmp(name, "avx512_bf16")) return "";
+#endif
+    return "a kernel set for this architecture";
+}
+
+// Spins for about a microsecond at a time: the other thread is a tile away, unless there are
+// more threads than cores.
+void fa_wait_above(const int64_t *progress, int64_t value) {
+    for (int spins = 0; __atomic_load_n(progress, __ATOMIC_ACQUIRE) <= value; spins++)
+        if (spins == 1000) {
+            sched_yield();
+            spins = 0;
+        }
+}

@@ -1,0 +1,165 @@
+// The interface between the driver (_cpu.pyx) and the tile kernels.
+//
+// A kernel set (fa_kernels) is one ISA and one element type: a few functions on tiles and
+// the tile sizes that suit them. dispatch.c lists every set that was built; the driver picks
+// one, once, and knows nothing else of the machine.
+//
+// Query rows are the lanes of the vectors. A *panel* is one or two vectors of query rows
+// (at most 32), and every tile of scores is stored transposed, [key][panel]:
+//
+//     S^T[key][lane] = sum_d K[key][d] Q^T[d][lane]       scores:     broadcast K, vector Q^T
+//     O[lane][dv]   += sum_key P^T[key][lane] V[key][dv]  accumulate: broadcast P^T, vector V
+//
+// so the running maximum and sum of a row are lanes too, nothing is reduced across a vector,
+// and only Q is ever transposed.
+//
+// `real` is the accumulation type, float or double. `unit` is what one multiply-add takes
+// from memory: a real, or for bf16 dot products a pair of bfloat16 that are neighbours along
+// the summed axis (pair = 2). The operand of a product that is broadcast is the "left" one,
+// the one loaded as vectors the "right" one.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+enum { FA_F16, FA_BF16, FA_F32, FA_F64, FA_BOOL, FA_NONE };
+
+#define FA_MAX_PANEL 32
+
+// Rows of an array in memory: one pointer a row (NULL: the row reads as zeros), and how to
+// step along it.
+typedef struct {
+    const char *const *row;
+    ptrdiff_t stride;  // bytes between neighbours of a row
+    int32_t rows, cols, dtype;
+} fa_rows;
+
+// What turns q.k into a score, in the contract's order. Lane arrays hold a panel of reals.
+typedef struct {
+    double scale, softcap;  // softcap 0: off
+    const void *add[2];     // [key][panel] tiles to add, or NULL: attn_mask, bias
+    const void *slope;      // lanes: ALiBi slope of each row, or NULL
+    const void *centre;     // lanes: i + offset - first key of the tile
+    void *gain;             // [key][panel] out: d(softcap)/ds = 1 - tanh^2, or NULL
+} fa_adjust;
+
+// The online softmax of a panel. All are lanes.
+typedef struct {
+    void *row_max;    // largest score so far, -inf at first
+    void *row_sum;    // sum of exp(score - row_max) so far
+    void *alpha;      // out: what the row's earlier sums are to be multiplied by
+    const void *tile_max;
+} fa_softmax_state;
+
+enum { FA_FIRST, FA_SAME, FA_RESCALE };  // O = c, O = O + c, O = alpha O + c
+
+// C[rows][cols] (+)= A[rows][depth] B[depth][cols], strides in units (C's in reals).
+typedef struct {
+    void *c;
+    ptrdiff_t ldc;
+    const void *a;
+    ptrdiff_t a_row, a_depth;
+    const void *b;
+    ptrdiff_t ldb;
+    int32_t rows, cols, depth;  // depth in units; cols a multiple of the vector
+    int32_t mode;               // FA_FIRST, FA_SAME, FA_RESCALE
+    const void *alpha;          // reals, one a row, for FA_RESCALE
+    const int32_t *row_depth;   // depth of each row (the rest is excluded), or NULL
+} fa_product;
+
+// Which pairs of a product take part, for accumulate_selected.
+typedef struct {
+    const uint32_t *keep;   // bit (lane) of keep[panel number * ld + key]
+    ptrdiff_t ld;
+    int32_t keys, panel;
+    int32_t rows_are_keys;  // the product's rows are keys and its depth queries, or the reverse
+    void *scratch;          // depth x cols units
+} fa_selection;
+
+// From a tile of scores and of dP = V dO^T to P and dS.
+typedef struct {
+    void *s, *dp;             // [key][panel] reals; dp becomes t, see below
+    const uint32_t *keep;     // excluded pairs give zeros; NULL: none is excluded
+    const uint32_t *drop;     // dropout's decisions, NULL: all kept
+    double scale, drop_scale; // p = exp(scale s - lse); z = drop_scale where kept
+    const void *lse, *shift;  // lanes; shift = D - dlse, so t = p (z dp - shift)
+    const void *gain;         // ds = t gain, or NULL
+    void *p, *ds;             // [key][ld units], pairs along the queries
+    void *ds_keys;            // [key / pair][ld * pair units], pairs along the keys (pair 2 only)
+    ptrdiff_t ld;
+} fa_backward_tile;
+
+typedef struct {
+    const char *type;  // "f32", "f64", "bf16"
+    int32_t real_bytes, unit_bytes, pair, lanes;
+    int32_t Br, Bc, Br_backward, Bc_backward;  // query rows and keys of a tile
+    int32_t MR, NR;                            // register tile of accumulate
+
+    // [cols / pair][panel] units, transposed; rows past the given ones are zeros.
+    void (*pack_lanes)(void *dst, int panel, const fa_rows *src, int negate);
+    // [rows][ld] units, padded with zeros to whole units.
+    void (*pack_left)(void *dst, ptrdiff_t ld, const fa_rows *src);
+    // [rows / pair][ld] units, columns padded with zeros to ld, rows to whole units.
+    void (*pack_right)(void *dst, ptrdiff_t ld, const fa_rows *src);
+    // [cols][panel] reals, transposed.
+    void (*load_lanes)(void *dst, int panel, const fa_rows *src);
+    // dst[i] = src[i] * factor, rounded once to dtype; an exact zero is +0.
+    void (*store_row)(char *dst, ptrdiff_t stride, int dtype, const void *src, int n, double factor);
+    // a . b, of two rows.
+    double (*dot)(const char *a, ptrdiff_t a_stride, int a_dtype,
+                  const char *b, ptrdiff_t b_stride, int b_dtype, int n);
+
+    void (*scores)(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, int keys,
+                   int depth, void *tile_max);
+    void (*adjust)(void *s, int panel, int keys, const fa_adjust *how);
+    // Excluded scores become -inf; tile_max is taken again.
+    void (*exclude)(void *s, int panel, int keys, const uint32_t *keep, void *tile_max);
+    // s -> p = exp(scale (s - row_max)), times z under dropout; returns the mode for O.
+    int (*softmax)(void *p, void *s, int panel, int keys, double scale, const fa_softmax_state *st,
+                   const uint32_t *drop, double drop_scale);
+    void (*accumulate)(const fa_product *x);
+    // The same bits where all is finite, but an excluded pair's right operand is not read.
+    void (*accumulate_selected)(const fa_product *x, const fa_selection *which);
+    int (*all_finite)(const void *b, ptrdiff_t ld, int rows, int cols);
+    void (*backward_tile)(const fa_backward_tile *x, int panel, int keys);
+    // sum[i] += x[i]
+    void (*add_tile)(void *sum, const void *x, int64_t n);
+    // sum[lane] += sum over the keys of t |centre - key|
+    void (*add_distances)(void *sum, const void *t, int panel, int keys, const void *centre);
+
+    // Clears the bits of pairs that are excluded by a tile of additive mask / a bool mask.
+    void (*keep_above_neg_inf)(uint32_t *keep, const void *add, int panel, int keys);
+    void (*keep_true)(uint32_t *keep, const fa_rows *mask);
+    // Dropout's decisions for keys [key0, key0 + keys), key0 % 4 == 0.
+    void (*dropout)(uint32_t *bits, int panel, int keys, int64_t key0, const uint32_t *row,
+                    const uint32_t *head, uint32_t batch, uint64_t seed, uint64_t threshold);
+
+    // Multiply-adds on registers alone, for the peak that benchmarks are held against;
+    // returns the floating point operations done.
+    double (*peak)(int64_t iterations, double *sink);
+} fa_kernels;
+
+// What one machine can run: a kernel set for each element type.
+typedef struct {
+    const char *name, *requires;
+    const fa_kernels *f32, *f64, *bf16;  // bf16 NULL: bfloat16 is widened to f32
+} fa_isa;
+
+// Every ISA that was built, lowest rank first.
+extern const fa_isa fa_isas[];
+extern const int fa_isa_count;
+// What this machine lacks for it; "" if it can run here.
+const char *fa_isa_missing(const char *name);
+
+// One thread tells the others how far it is, and they wait for it.
+static inline void fa_publish(int64_t *progress, int64_t value) {
+    __atomic_store_n(progress, value, __ATOMIC_RELEASE);
+}
+void fa_wait_above(const int64_t *progress, int64_t value);
+
+// Whether a forked child can use OpenMP's threads. LLVM's runtime starts new ones; GCC's waits
+// for the old.
+#ifdef __clang__
+#define FA_POOL_SURVIVES_FORK 1
+#else
+#define FA_POOL_SURVIVES_FORK 0
+#endif

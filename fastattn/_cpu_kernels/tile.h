@@ -1,0 +1,638 @@
+// The tile kernels of one ISA and one element type: the functions of fa_kernels (kernels.h).
+// Compiled once for each pair by a small file that sets
+//
+//     FA_SET       the name of the set, fa_<isa>_<type>
+//     FA_TYPE      "f32", "f64" or "bf16"
+//     FA_DOUBLE    reals are double;   FA_BF16_PAIRS   units are pairs of bfloat16
+//     FA_BR ...    tile sizes, FA_SCORES_MR, FA_ACCUMULATE_MR, _NR: register tiles
+//
+// Everything here is static but the set itself: a helper compiled for one ISA can never be
+// linked into the code of another.
+//
+// Bits: every element of a product is one chain of multiply-adds in the order of the summed
+// axis, from zero, whatever the register tile around it; pairs that are excluded add an exact
+// zero. So which rows share a panel, where a panel's keys start and end, and whether a row
+// went through accumulate or accumulate_selected leaves no trace in the result.
+#pragma once
+#include "convert.h"
+#include "kernels.h"
+#include "vec.h"
+
+#define NOINLINE static __attribute__((noinline))
+#define UNROLL4 _Pragma("GCC unroll 4")
+#define LOG2E 1.4426950408889634074
+
+// ---- units: what one multiply-add takes ------------------------------------------------------
+#ifdef FA_BF16_PAIRS
+#define PAIR 2
+typedef uint32_t unit;
+typedef __m512i uv;
+INLINE uv u_set1(const unit *p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return _mm512_set1_epi32(x);
+}
+INLINE uv u_load(const unit *p) { return _mm512_loadu_si512(p); }
+INLINE vr u_madd(vr c, uv a, uv b) {
+    return (vr)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+// Two vectors of floats to one of pairs (low, high).
+INLINE __m512i u_pairs(vr low, vr high) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+#else
+#define PAIR 1
+typedef real unit;
+typedef vr uv;
+INLINE uv u_set1(const unit *p) {
+    real x;
+    memcpy(&x, p, sizeof x);
+    return v_set1(x);
+}
+INLINE uv u_load(const unit *p) { return v_loadu(p); }
+INLINE vr u_madd(vr c, uv a, uv b) { return c + a * b; }
+#endif
+
+// ---- packing ---------------------------------------------------------------------------------
+
+// Transposes words of a real's size: dst[col][panel] from rows that hold them side by side.
+// `words` copies n words of a row from column `col` on, zeros where the row has no more.
+typedef void words_fn(real *dst, const fa_rows *src, int row, int col, int n);
+
+INLINE void transpose_rows(real *dst, int panel, const fa_rows *src, int cols, int in_place,
+                           words_fn *words, ureal flip) {
+    for (int r0 = 0; r0 < panel; r0 += V_LANES)
+        for (int c0 = 0; c0 < cols; c0 += V_LANES) {
+            int width = cols - c0 < V_LANES ? cols - c0 : V_LANES;
+            vr block[V_LANES];
+            for (int r = 0; r < V_LANES; r++) {
+                if (r0 + r >= src->rows || !src->row[r0 + r]) {
+                    block[r] = (vr){};
+                } else if (in_place && width == V_LANES) {
+                    block[r] = v_loadu((const real *)src->row[r0 + r] + c0);
+                } else {
+                    real part[V_LANES] __attribute__((aligned(V_BYTES))) = {0};
+                    words(part, src, r0 + r, c0, width);
+                    block[r] = v_load(part);
+                }
+            }
+            v_transpose(block);
+            for (int c = 0; c < width; c++)
+                v_store(dst + (ptrdiff_t)(c0 + c) * panel + r0, (vr)((vu)block[c] ^ flip));
+        }
+}
+
+static void real_words(real *dst, const fa_rows *src, int row, int col, int n) {
+    load_row(dst, src->row[row] + col * src->stride, src->stride, n, src->dtype);
+}
+
+static void load_lanes(void *dst, int panel, const fa_rows *src) {
+    int native = src->dtype == (sizeof(real) == 8 ? FA_F64 : FA_F32) && src->stride == sizeof(real);
+    transpose_rows(dst, panel, src, src->cols, native, real_words, 0);
+}
+
+#ifdef FA_BF16_PAIRS
+INLINE uint16_t half_at(const fa_rows *src, int row, int col) {
+    uint16_t h = 0;
+    if (row < src->rows && col < src->cols && src->row[row])
+        memcpy(&h, src->row[row] + col * src->stride, 2);
+    return h;
+}
+static void pair_words(real *dst, const fa_rows *src, int row, int col, int n) {
+    for (int i = 0; i < n; i++) {
+        uint32_t pair = half_at(src, row, 2 * (col + i)) | (uint32_t)half_at(src, row, 2 * (col + i) + 1) << 16;
+        memcpy(dst + i, &pair, 4);
+    }
+}
+static void pack_lanes(void *dst, int panel, const fa_rows *src, int negate) {
+    int in_place = src->stride == 2 && src->cols % 2 == 0;
+    transpose_rows(dst, panel, src, (src->cols + 1) / 2, in_place, pair_words, negate ? 0x80008000u : 0);
+}
+static void pack_left(void *dst_, ptrdiff_t ld, const fa_rows *src) {
+    uint16_t *dst = dst_;
+    for (int r = 0; r < src->rows; r++, dst += 2 * ld)
+        if (src->stride == 2 && src->cols % 2 == 0 && src->row[r])
+            memcpy(dst, src->row[r], (size_t)src->cols * 2);
+        else
+            for (int c = 0; c < src->cols + src->cols % 2; c++) dst[c] = half_at(src, r, c);
+}
+static void pack_right(void *dst_, ptrdiff_t ld, const fa_rows *src) {
+    uint16_t *dst = dst_;
+    __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                   39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int r = 0; r < src->rows; r += 2, dst += 2 * ld) {
+        int c = 0;
+        if (src->stride == 2 && r + 1 < src->rows && src->row[r] && src->row[r + 1])
+            for (; c + 32 <= src->cols; c += 32) {
+                __m512i a = _mm512_loadu_si512(src->row[r] + 2 * c);
+                __m512i b = _mm512_loadu_si512(src->row[r + 1] + 2 * c);
+                _mm512_storeu_si512(dst + 2 * c, _mm512_permutex2var_epi16(a, low, b));
+                _mm512_storeu_si512(dst + 2 * c + 32, _mm512_permutex2var_epi16(a, high, b));
+            }
+        for (; c < ld; c++) {
+            dst[2 * c] = half_at(src, r, c);
+            dst[2 * c + 1] = half_at(src, r + 1, c);
+        }
+    }
+}
+static int all_finite(const void *b_, ptrdiff_t ld, int rows, int cols) {
+    const uint16_t *b = b_;
+    uint16_t worst = 0;
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < 2 * cols; c++) {
+            uint16_t magnitude = b[2 * r * ld + c] & 0x7fff;
+            worst = magnitude > worst ? magnitude : worst;
+        }
+    return worst < 0x7f80;
+}
+#else
+static void pack_lanes(void *dst, int panel, const fa_rows *src, int negate) {
+    int native = src->dtype == (sizeof(real) == 8 ? FA_F64 : FA_F32) && src->stride == sizeof(real);
+    transpose_rows(dst, panel, src, src->cols, native, real_words,
+                   negate ? (ureal)1 << (8 * sizeof(real) - 1) : 0);
+}
+static void pack_right(void *dst_, ptrdiff_t ld, const fa_rows *src) {
+    real *dst = dst_;
+    for (int r = 0; r < src->rows; r++, dst += ld) {
+        int n = src->row[r] ? src->cols : 0;
+        if (n) load_row(dst, src->row[r], src->stride, n, src->dtype);
+        memset(dst + n, 0, (size_t)(ld - n) * sizeof(real));
+    }
+}
+static void pack_left(void *dst, ptrdiff_t ld, const fa_rows *src) { pack_right(dst, ld, src); }
+// x - x is 0, and NaN where x is not finite; so is the sum.
+static int all_finite(const void *b_, ptrdiff_t ld, int rows, int cols) {
+    const real *b = b_;
+    vr sum = {};
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < cols; c += V_LANES) {
+            vr x = v_loadu(b + r * ld + c);
+            sum += x - x;
+        }
+    return v_bits(sum == sum) == (1u << V_LANES) - 1;
+}
+#endif
+
+static void store_row(char *dst, ptrdiff_t stride, int dtype, const void *src_, int n, double factor_) {
+    const real *src = src_;
+    real factor = (real)factor_;
+    int i = 0;
+    if (stride == sizeof(real) && dtype == (sizeof(real) == 8 ? FA_F64 : FA_F32))
+        for (; i + V_LANES <= n; i += V_LANES)
+            v_storeu((real *)(dst + i * stride), v_loadu(src + i) * v_set1(factor) + (vr){});
+#if defined(__AVX512BF16__) && !defined(FA_DOUBLE)
+    if (stride == 2 && dtype == FA_BF16)
+        for (; i + 16 <= n; i += 16)
+            _mm256_storeu_si256((void *)(dst + i * stride),
+                                (__m256i)_mm512_cvtneps_pbh((__m512)(v_loadu(src + i) * v_set1(factor) + (vr){})));
+#endif
+    for (; i < n; i++) store_one(dst + i * stride, dtype, src[i] * factor + 0);
+}
+
+static double dot(const char *a, ptrdiff_t a_stride, int a_dtype, const char *b, ptrdiff_t b_stride,
+                  int b_dtype, int n) {
+    enum { STEP = 64 };
+    real x[STEP] __attribute__((aligned(V_BYTES))), y[STEP] __attribute__((aligned(V_BYTES)));
+    vr sum = {};
+    for (int i = 0; i < n; i += STEP) {
+        int m = n - i < STEP ? n - i : STEP;
+        load_row(x, a + i * a_stride, a_stride, m, a_dtype);
+        load_row(y, b + i * b_stride, b_stride, m, b_dtype);
+        for (int k = m; k % V_LANES; k++) x[k] = y[k] = 0;
+        for (int k = 0; k < m; k += V_LANES) sum += v_load(x + k) * v_load(y + k);
+    }
+    double total = 0;
+    for (int k = 0; k < V_LANES; k++) total += (double)sum[k];
+    return total;
+}
+
+// ---- products --------------------------------------------------------------------------------
+
+// c[MR][NR] = A[MR][depth] B[depth][NR vectors]; MR, NR are constants where this is inlined,
+// so that c lives in registers.
+INLINE void product(const int MR, const int NR, vr *c, const unit *a, ptrdiff_t a_row,
+                    ptrdiff_t a_depth, const unit *b, ptrdiff_t ldb, int depth) {
+    UNROLL for (int i = 0; i < MR * NR; i++) c[i] = (vr){};
+    UNROLL4 for (int k = 0; k < depth; k++) {
+        uv right[4];
+        UNROLL for (int j = 0; j < NR; j++) right[j] = u_load(b + j * V_LANES);
+        UNROLL for (int i = 0; i < MR; i++) {
+            uv left = u_set1(a + i * a_row);
+            UNROLL for (int j = 0; j < NR; j++) c[i * NR + j] = u_madd(c[i * NR + j], left, right[j]);
+        }
+        a += a_depth;
+        b += ldb;
+    }
+}
+
+// A chain of more than this many multiply-adds is cut, and its parts added: rounding errors
+// grow with the length of a chain. (Depths of accumulate are cut by the tile.)
+#define CHAIN 256
+
+typedef void scores_fn(real *s, int panel, const unit *k, ptrdiff_t ldk, const unit *q, int depth,
+                       int add, vr *top);
+#define DEFINE_SCORES(MR, NR)                                                                    \
+    NOINLINE void scores_##MR##x##NR(real *s, int panel, const unit *k, ptrdiff_t ldk,           \
+                                     const unit *q, int depth, int add, vr *top) {               \
+        vr c[MR * NR];                                                                           \
+        product(MR, NR, c, k, ldk, 1, q, panel, depth);                                          \
+        if (add)                                                                                 \
+            UNROLL for (int i = 0; i < MR * NR; i++)                                             \
+                c[i] += v_load(s + (i / NR) * panel + (i % NR) * V_LANES);                       \
+        UNROLL for (int i = 0; i < MR * NR; i++) {                                               \
+            v_store(s + (i / NR) * panel + (i % NR) * V_LANES, c[i]);                            \
+            top[i % NR] = v_max(top[i % NR], c[i]);                                              \
+        }                                                                                        \
+    }
+#if FA_SCORES_MR == 8
+DEFINE_SCORES(8, 1)
+DEFINE_SCORES(8, 2)
+#else
+DEFINE_SCORES(6, 1)
+DEFINE_SCORES(6, 2)
+#endif
+DEFINE_SCORES(4, 1)
+DEFINE_SCORES(4, 2)
+DEFINE_SCORES(2, 1)
+DEFINE_SCORES(2, 2)
+DEFINE_SCORES(1, 1)
+DEFINE_SCORES(1, 2)
+
+static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const void *q_, int keys,
+                   int depth, void *tile_max) {
+    static const struct {
+        int rows;
+        scores_fn *run[2];
+    } table[] = {
+#if FA_SCORES_MR == 8
+        {8, {scores_8x1, scores_8x2}},
+#else
+        {6, {scores_6x1, scores_6x2}},
+#endif
+        {4, {scores_4x1, scores_4x2}},
+        {2, {scores_2x1, scores_2x2}},
+        {1, {scores_1x1, scores_1x2}},
+    };
+    real *s = s_;
+    const unit *k = k_, *q = q_;
+    int wide = panel / V_LANES - 1;
+    vr top[2];
+    int d = 0;
+    do {
+        int n = depth - d < CHAIN ? depth - d : CHAIN;
+        top[0] = top[1] = v_set1(-INFINITY);
+        int row = 0;
+        for (int t = 0; row < keys; t++)
+            for (; row + table[t].rows <= keys; row += table[t].rows)
+                table[t].run[wide](s + (ptrdiff_t)row * panel, panel, k + row * ldk + d, ldk,
+                                   q + (ptrdiff_t)d * panel, n, d > 0, top);
+        d += n;
+    } while (d < depth);
+    for (int j = 0; j <= wide; j++) v_store((real *)tile_max + j * V_LANES, top[j]);
+}
+
+typedef void accumulate_fn(const fa_product *x, int row, int col, int depth);
+#define DEFINE_ACCUMULATE(MR, NR)                                                                \
+    NOINLINE void accumulate_##MR##x##NR(const fa_product *x, int row, int col, int depth) {     \
+        vr c[MR * NR];                                                                           \
+        product(MR, NR, c, (const unit *)x->a + row * x->a_row, x->a_row, x->a_depth,            \
+                (const unit *)x->b + col, x->ldb, depth);                                        \
+        real *out = (real *)x->c + row * x->ldc + col;                                           \
+        if (x->mode == FA_SAME)                                                                  \
+            UNROLL for (int i = 0; i < MR * NR; i++)                                             \
+                c[i] += v_loadu(out + (i / NR) * x->ldc + (i % NR) * V_LANES);                   \
+        else if (x->mode == FA_RESCALE)                                                          \
+            UNROLL for (int i = 0; i < MR * NR; i++)                                             \
+                c[i] += v_set1(((const real *)x->alpha)[row + i / NR]) *                         \
+                        v_loadu(out + (i / NR) * x->ldc + (i % NR) * V_LANES);                   \
+        UNROLL for (int i = 0; i < MR * NR; i++)                                                 \
+            v_storeu(out + (i / NR) * x->ldc + (i % NR) * V_LANES, c[i]);                        \
+    }
+#define DEFINE_ACCUMULATE_ROWS(NR) \
+    DEFINE_ACCUMULATE(1, NR)       \
+    DEFINE_ACCUMULATE(2, NR)       \
+    DEFINE_ACCUMULATE(3, NR)       \
+    DEFINE_ACCUMULATE(4, NR)       \
+    DEFINE_ACCUMULATE(5, NR)       \
+    DEFINE_ACCUMULATE(6, NR)
+#define ACCUMULATE_ROWS(NR)                                                                      \
+    {accumulate_1x##NR, accumulate_2x##NR, accumulate_3x##NR,                                    \
+     accumulate_4x##NR, accumulate_5x##NR, accumulate_6x##NR}
+#define ACCUMULATE_MR 6
+DEFINE_ACCUMULATE_ROWS(1)
+DEFINE_ACCUMULATE_ROWS(2)
+#if FA_ACCUMULATE_NR == 4
+DEFINE_ACCUMULATE_ROWS(4)
+#endif
+
+static void accumulate(const fa_product *x) {
+    static const struct {
+        int vectors;
+        accumulate_fn *run[ACCUMULATE_MR];
+    } table[] = {
+#if FA_ACCUMULATE_NR == 4
+        {4, ACCUMULATE_ROWS(4)},
+#endif
+        {2, ACCUMULATE_ROWS(2)},
+        {1, ACCUMULATE_ROWS(1)},
+    };
+    int col = 0;
+    for (int t = 0; col < x->cols; t++) {
+        int width = table[t].vectors * V_LANES;
+        for (; col + width <= x->cols; col += width)
+            for (int row = 0; row < x->rows;) {
+                int n = x->rows - row < ACCUMULATE_MR ? x->rows - row : ACCUMULATE_MR;
+                int depth = x->depth;
+                if (x->row_depth) {
+                    depth = 0;
+                    for (int i = row; i < row + n; i++)
+                        if (x->row_depth[i] > depth) depth = x->row_depth[i];
+                }
+                table[t].run[n - 1](x, row, col, depth);
+                row += n;
+            }
+    }
+}
+
+// Row by row, with the right operand's excluded parts replaced by zeros.
+static void accumulate_selected(const fa_product *x, const fa_selection *which) {
+    unit *clean = which->scratch;
+    for (int row = 0; row < x->rows; row++) {
+        for (int d = 0; d < x->depth; d++) {
+            const unit *b = (const unit *)x->b + d * x->ldb;
+            unit *to = clean + (ptrdiff_t)d * x->cols;
+            int kept = 0;
+            for (int half = 0; half < PAIR; half++) {
+                int at = d * PAIR + half, key = which->rows_are_keys ? row : at;
+                int lane = which->rows_are_keys ? at : row;
+                if (key < which->keys)
+                    kept |= (which->keep[(ptrdiff_t)(lane / which->panel) * which->ld + key] >>
+                             (lane % which->panel) & 1) << half;
+            }
+#ifdef FA_BF16_PAIRS
+            uint32_t bits = (kept & 1 ? 0xffffu : 0) | (kept & 2 ? 0xffff0000u : 0);
+            for (int c = 0; c < x->cols; c++) to[c] = b[c] & bits;
+#else
+            if (kept)
+                memcpy(to, b, (size_t)x->cols * sizeof(unit));
+            else
+                memset(to, 0, (size_t)x->cols * sizeof(unit));
+#endif
+        }
+        fa_product one = *x;
+        one.c = (real *)x->c + row * x->ldc;
+        one.a = (const unit *)x->a + row * x->a_row;
+        one.b = clean;
+        one.ldb = x->cols;
+        one.rows = 1;
+        one.alpha = x->alpha ? (const real *)x->alpha + row : 0;
+        one.row_depth = 0;
+        accumulate(&one);
+    }
+}
+
+// ---- scores to probabilities -----------------------------------------------------------------
+
+static void adjust(void *s_, int panel, int keys, const fa_adjust *how) {
+    real *s = s_, *gain = how->gain;
+    const real *add0 = how->add[0], *add1 = how->add[1];
+    const real *slope = how->slope, *centre = how->centre;
+    vr scale = v_set1((real)how->scale), cap = v_set1((real)how->softcap);
+    vr per_cap = v_set1((real)(1 / how->softcap));
+    for (int key = 0; key < keys; key++)
+        for (int lane = 0; lane < panel; lane += V_LANES) {
+            ptrdiff_t at = (ptrdiff_t)key * panel + lane;
+            vr x = v_load(s + at) * scale;
+            if (how->softcap != 0) {
+                vr t = v_tanh(x * per_cap);
+                x = cap * t;
+                if (gain) v_store(gain + at, v_set1(1) - t * t);
+            }
+            if (add0) x += v_load(add0 + at);
+            if (add1) x += v_load(add1 + at);
+            if (slope) x -= v_load(slope + lane) * v_abs(v_load(centre + lane) - v_set1((real)key));
+            v_store(s + at, x);
+        }
+}
+
+static void exclude(void *s_, int panel, int keys, const uint32_t *keep, void *tile_max) {
+    real *s = s_;
+    for (int lane = 0; lane < panel; lane += V_LANES) {
+        vr top = v_set1(-INFINITY);
+        for (int key = 0; key < keys; key++) {
+            real *at = s + (ptrdiff_t)key * panel + lane;
+            vr x = v_load(at);
+            if (keep) {
+                x = v_select(v_mask(keep[key] >> lane), x, v_set1(-INFINITY));
+                v_store(at, x);
+            }
+            top = v_max(top, x);
+        }
+        v_store((real *)tile_max + lane, top);
+    }
+}
+
+INLINE vr dropped(vr p, const uint32_t *drop, int key, int lane, vr drop_scale) {
+    return drop ? p * v_select(v_mask(drop[key] >> lane), drop_scale, (vr){}) : p;
+}
+
+static int softmax(void *p_, void *s_, int panel, int keys, double scale, const fa_softmax_state *st,
+                   const uint32_t *drop, double drop_scale_) {
+    const real *s = s_;
+    real *row_max = st->row_max, *row_sum = st->row_sum;
+    vr c = v_set1((real)(scale * LOG2E)), drop_scale = v_set1((real)drop_scale_);
+    uint32_t moved = 0;
+    for (int lane = 0; lane < panel; lane += V_LANES) {
+        vr old = v_load(row_max + lane);
+        vr top = v_max(old, v_load((const real *)st->tile_max + lane));
+        // Nothing but -inf yet: any finite reference gives exp(-inf) = 0, not exp(-inf + inf).
+        vr ref = v_select(top == v_set1(-INFINITY), (vr){}, top);
+        vr alpha = v_exp2((old - ref) * c), sum = {};
+        moved |= v_bits(top > old);
+        v_store((real *)st->alpha + lane, alpha);
+        v_store(row_max + lane, top);
+#ifdef FA_BF16_PAIRS
+        for (int key = 0; key < keys; key += 2) {
+            vr even = v_exp2((v_load(s + (ptrdiff_t)key * panel + lane) - ref) * c), odd = {};
+            if (key + 1 < keys) odd = v_exp2((v_load(s + (ptrdiff_t)(key + 1) * panel + lane) - ref) * c);
+            sum += even + odd;
+            even = dropped(even, drop, key, lane, drop_scale);
+            if (key + 1 < keys) odd = dropped(odd, drop, key + 1, lane, drop_scale);
+            _mm512_store_si512((unit *)p_ + (ptrdiff_t)(key / 2) * panel + lane, u_pairs(even, odd));
+        }
+#else
+        for (int key = 0; key < keys; key++) {
+            vr p = v_exp2((v_load(s + (ptrdiff_t)key * panel + lane) - ref) * c);
+            sum += p;
+            v_store((real *)p_ + (ptrdiff_t)key * panel + lane, dropped(p, drop, key, lane, drop_scale));
+        }
+#endif
+        v_store(row_sum + lane, v_load(row_sum + lane) * alpha + sum);
+    }
+    return moved ? FA_RESCALE : FA_SAME;
+}
+
+static void backward_tile(const fa_backward_tile *x, int panel, int keys) {
+    const real *s = x->s, *gain = x->gain;
+    real *dp = x->dp;
+    vr scale = v_set1((real)x->scale), drop_scale = v_set1((real)x->drop_scale), log2e = v_set1((real)LOG2E);
+    for (int lane = 0; lane < panel; lane += V_LANES) {
+        vr lse = v_load((const real *)x->lse + lane), shift = v_load((const real *)x->shift + lane);
+        for (int key = 0; key < keys + keys % PAIR; key += PAIR) {
+            vr p[PAIR], ds[PAIR];
+            for (int half = 0; half < PAIR; half++) {
+                int j = key + half;
+                ptrdiff_t at = (ptrdiff_t)j * panel + lane;
+                p[half] = ds[half] = (vr){};
+                if (j >= keys) continue;
+                // lse may be rounded so coarsely that s exceeds it; p is a probability still.
+                p[half] = v_exp2(v_min((vr){}, (v_load(s + at) * scale - lse) * log2e));
+                vr z_dp = dropped(v_load(dp + at), x->drop, j, lane, drop_scale);
+                vr t = p[half] * (z_dp - shift);
+                if (x->keep) {
+                    vi kept = v_mask(x->keep[j] >> lane);
+                    p[half] = v_select(kept, p[half], (vr){});
+                    t = v_select(kept, t, (vr){});
+                }
+                v_store(dp + at, t);
+                ds[half] = gain ? t * v_load(gain + at) : t;
+                if (gain && x->keep) ds[half] = v_select(v_mask(x->keep[j] >> lane), ds[half], (vr){});
+                p[half] = dropped(p[half], x->drop, j, lane, drop_scale);
+#ifdef FA_BF16_PAIRS
+                _mm256_storeu_si256((void *)((uint16_t *)x->p + (2 * x->ld * j + lane)),
+                                    (__m256i)_mm512_cvtneps_pbh((__m512)p[half]));
+                _mm256_storeu_si256((void *)((uint16_t *)x->ds + (2 * x->ld * j + lane)),
+                                    (__m256i)_mm512_cvtneps_pbh((__m512)ds[half]));
+#else
+                v_store((real *)x->p + x->ld * j + lane, p[half]);
+                v_store((real *)x->ds + x->ld * j + lane, ds[half]);
+#endif
+            }
+#ifdef FA_BF16_PAIRS
+            _mm512_storeu_si512((unit *)x->ds_keys + (ptrdiff_t)(key / 2) * 2 * x->ld + lane,
+                                u_pairs(ds[0], ds[1]));
+#endif
+        }
+    }
+}
+
+static void add_tile(void *sum_, const void *x_, int64_t n) {
+    real *sum = sum_;
+    const real *x = x_;
+    for (int64_t i = 0; i < n; i++) sum[i] += x[i];
+}
+
+static void add_distances(void *sum_, const void *t_, int panel, int keys, const void *centre) {
+    const real *t = t_;
+    for (int lane = 0; lane < panel; lane += V_LANES) {
+        vr at = v_load((const real *)centre + lane), sum = {};
+        for (int key = 0; key < keys; key++)
+            sum += v_load(t + (ptrdiff_t)key * panel + lane) * v_abs(at - v_set1((real)key));
+        real *out = (real *)sum_ + lane;
+        v_store(out, v_load(out) + sum);
+    }
+}
+
+// ---- which pairs take part -------------------------------------------------------------------
+
+static void keep_above_neg_inf(uint32_t *keep, const void *add_, int panel, int keys) {
+    const real *add = add_;
+    for (int key = 0; key < keys; key++)
+        for (int lane = 0; lane < panel; lane += V_LANES)
+            keep[key] &= ~(v_bits(v_load(add + (ptrdiff_t)key * panel + lane) == v_set1(-INFINITY)) << lane);
+}
+
+static void keep_true(uint32_t *keep, const fa_rows *mask) {
+    int shared = 1;  // a mask of keys alone: every row is the same row
+    for (int r = 1; r < mask->rows; r++) shared &= mask->row[r] == mask->row[0];
+    for (int r = 0; r < (shared ? 1 : mask->rows); r++) {
+        const char *m = mask->row[r];
+        uint32_t bit = shared ? ~0u : 1u << r;
+        if (mask->stride == 1)
+            for (int j = 0; j < mask->cols; j++) keep[j] &= m[j] ? ~0u : ~bit;
+        else
+            for (int j = 0; j < mask->cols; j++) keep[j] &= m[j * mask->stride] ? ~0u : ~bit;
+    }
+}
+
+// Philox4x32-7 (Salmon et al., SC 2011), one counter a lane: (key // 4, row, head, batch).
+static void dropout(uint32_t *bits, int panel, int keys, int64_t key0, const uint32_t *row,
+                    const uint32_t *head, uint32_t batch, uint64_t seed, uint64_t threshold) {
+    for (int j = 0; j < keys; j += 4) {
+        uint32_t x[4][FA_MAX_PANEL], k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+        for (int i = 0; i < panel; i++) {
+            x[0][i] = (uint32_t)((key0 + j) / 4);
+            x[1][i] = row[i];
+            x[2][i] = head[i];
+            x[3][i] = batch;
+        }
+        for (int round = 0; round < 7; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+            for (int i = 0; i < panel; i++) {
+                uint64_t a = (uint64_t)0xD2511F53u * x[0][i], b = (uint64_t)0xCD9E8D57u * x[2][i];
+                x[0][i] = (uint32_t)(b >> 32) ^ x[1][i] ^ k0;
+                x[2][i] = (uint32_t)(a >> 32) ^ x[3][i] ^ k1;
+                x[1][i] = (uint32_t)b;
+                x[3][i] = (uint32_t)a;
+            }
+        for (int w = 0; w < 4 && j + w < keys; w++) {
+            uint32_t kept = 0;
+            for (int i = 0; i < panel; i++) kept |= (uint32_t)(x[w][i] >= threshold) << i;
+            bits[j + w] = kept;
+        }
+    }
+}
+
+// ---- the machine's own limit -----------------------------------------------------------------
+
+static double peak(int64_t iterations, double *sink) {
+    enum { CHAINS = 12 };
+    vr c[CHAINS];
+    unit values[2 * V_LANES];
+    memset(values, 0, sizeof values);
+    uv a = u_load(values), b = u_load(values + V_LANES);
+    for (int i = 0; i < CHAINS; i++) c[i] = v_set1((real)i);
+    for (int64_t n = 0; n < iterations; n++) {
+        UNROLL for (int i = 0; i < CHAINS; i++) c[i] = u_madd(c[i], a, b);
+        __asm__ volatile("" : "+x"(a), "+x"(b));  // a new value each time, as far as one can see
+    }
+    for (int i = 1; i < CHAINS; i++) c[0] += c[i];
+    *sink += (double)c[0][0];
+    return (double)iterations * CHAINS * V_LANES * PAIR * 2;
+}
+
+const fa_kernels FA_SET = {
+    .type = FA_TYPE,
+    .real_bytes = sizeof(real),
+    .unit_bytes = sizeof(unit),
+    .pair = PAIR,
+    .lanes = V_LANES,
+    .Br = FA_BR,
+    .Bc = FA_BC,
+    .Br_backward = FA_BR_BACKWARD,
+    .Bc_backward = FA_BC_BACKWARD,
+    .MR = ACCUMULATE_MR,
+    .NR = FA_ACCUMULATE_NR,
+    .pack_lanes = pack_lanes,
+    .pack_left = pack_left,
+    .pack_right = pack_right,
+    .load_lanes = load_lanes,
+    .store_row = store_row,
+    .dot = dot,
+    .scores = scores,
+    .adjust = adjust,
+    .exclude = exclude,
+    .softmax = softmax,
+    .accumulate = accumulate,
+    .accumulate_selected = accumulate_selected,
+    .all_finite = all_finite,
+    .backward_tile = backward_tile,
+    .add_tile = add_tile,
+    .add_distances = add_distances,
+    .keep_above_neg_inf = keep_above_neg_inf,
+    .keep_true = keep_true,
+    .dropout = dropout,
+    .peak = peak,
+};

@@ -1,0 +1,572 @@
+"""Arguments in, one `Problem` out: every argument is checked here, once, for every backend.
+
+A `Problem` is an immutable value. Its arrays are plain, broadcast and in range, its options are
+folded into the fewest that say the same, and nothing behind it looks at a user's argument again.
+Small calls feel each step made here, so an option that is absent costs one comparison.
+
+Every error names the argument, says what it was and what was expected, and is raised before a
+result is allocated or written.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastattn._backends import is_cupy_array
+from fastattn._dlpack import from_dlpack
+from fastattn._overlap import overlap, overlaps_itself
+
+_FLOAT32 = np.dtype(np.float32)
+_FLOAT64 = np.dtype(np.float64)
+_ACCUMULATION = {
+    "float16": _FLOAT32,
+    "bfloat16": _FLOAT32,
+    "float32": _FLOAT32,
+    "float64": _FLOAT64,
+}
+_FLOATS = ", ".join(_ACCUMULATION)
+# dtype -> its name, native byte order only; bfloat16 joins when first seen, as its dtype belongs
+# to ml_dtypes, which is not imported for it.
+_FLOAT_NAMES = {np.dtype(name): name for name in ("float16", "float32", "float64")}
+
+# A window side beyond any axis acts as this one, and offsets end here, so that a kernel's
+# i + offset + right stays within 64 bits.
+_WIDEST_WINDOW = 1 << 62
+_FARTHEST_OFFSET = 1 << 61
+
+WRT_NAMES = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
+
+
+class Problem(NamedTuple):
+    """One attention problem, checked: what a backend reads.
+
+    A tuple, because creating one must cost little; `make_problem` fills it in this order.
+    """
+
+    lead: tuple[int, ...]  # the leading axes; batch is their product
+    batch: int
+    Hq: int
+    Hkv: int
+    group: int  # Hq // Hkv, and 0 where there are no heads
+    Lq: int
+    Lk: int
+    D: int
+    Dv: int
+    dtype: str  # of q, k, v: "float16", "bfloat16", "float32" or "float64"
+    acc: np.dtype  # accumulation: float32, or float64 for float64
+    q: np.ndarray  # lead + (Hq, Lq, D), any strides and alignment; so are k and v
+    k: np.ndarray
+    v: np.ndarray
+    attn_mask: np.ndarray | None  # view of shape lead + (Hq, Lq, Lk), bool or float; so is bias
+    bias: np.ndarray | None
+    window_left: int | None  # None = unbounded; is_causal is window_right = 0
+    window_right: int | None
+    causal_offset: np.ndarray | None  # int64 (batch,), contiguous; None = 0 everywhere
+    q_lens: np.ndarray | None  # int64 (batch,), contiguous, within the axis; so is kv_lens
+    kv_lens: np.ndarray | None
+    q_segment_ids: np.ndarray | None  # int64 views, lead + (Lq,) and lead + (Lk,); both or none
+    kv_segment_ids: np.ndarray | None
+    scale: float  # finite
+    softcap: float  # 0.0 = off
+    alibi_slopes: np.ndarray | None  # (Hq,), contiguous, dtype acc; so is sinks
+    sinks: np.ndarray | None
+    dropout_p: float
+    seed: int  # in [0, 2**64); 0 when dropout_p is 0
+    deterministic: bool
+    num_threads: int | None
+
+
+def make_problem(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any,
+    bias: Any,
+    is_causal: Any,
+    causal_offset: Any,
+    window_size: Any,
+    q_lens: Any,
+    kv_lens: Any,
+    q_segment_ids: Any,
+    kv_segment_ids: Any,
+    scale: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    dropout_p: Any,
+    seed: Any,
+    deterministic: Any,
+    num_threads: Any,
+    names: tuple[str, str, str] = ("q", "k", "v"),
+) -> Problem:
+    """Check every argument of a call and normalise it; `names` is what q, k, v are called there.
+
+    Positional, because passing this many keywords would take longer than all the checks.
+    """
+    q = as_array(names[0], q)
+    k = as_array(names[1], k)
+    v = as_array(names[2], v)
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    q_dtype = q.dtype
+    dtype = _FLOAT_NAMES.get(q_dtype)
+    # NumPy's own dtypes are one object each, and `is` is the quicker test.
+    if dtype is None or not (k.dtype is q_dtype is v.dtype or k.dtype == q_dtype == v.dtype):
+        dtype = _common_dtype(names, (q, k, v))
+    acc = _ACCUMULATION[dtype]
+    lead = q_shape[:-3]
+    if (
+        len(q_shape) < 3
+        or len(k_shape) != len(q_shape)
+        or k_shape[:-3] != lead
+        or k_shape[-1] != q_shape[-1]
+        or v_shape[:-1] != k_shape[:-1]
+    ):
+        _refuse_shapes(names, q_shape, k_shape, v_shape)
+    Hq, Lq, D = q_shape[-3:]
+    Hkv, Lk, Dv = v_shape[-3:]
+    if Hkv == Hq:
+        group = 1 if Hq else 0
+    elif Hkv and Hq % Hkv == 0:
+        group = Hq // Hkv
+    else:
+        raise ValueError(
+            f"{names[0]} has {Hq} heads and {names[1]} has {Hkv} (axis -3): the number of query "
+            "heads must be a multiple of the number of key heads"
+        )
+    batch = math.prod(lead)
+
+    if attn_mask is not None:
+        attn_mask = _broadcast_mask("attn_mask", attn_mask, (*lead, Hq, Lq, Lk))
+    if bias is not None:
+        bias = _broadcast_mask("bias", bias, (*lead, Hq, Lq, Lk))
+
+    if q_lens is not None:
+        meaning = f"the length of {names[0]}'s axis -2"
+        q_lens = _per_batch("q_lens", q_lens, lead, batch, 0, Lq, meaning)
+    if kv_lens is not None:
+        meaning = f"the length of {names[1]}'s axis -2"
+        kv_lens = _per_batch("kv_lens", kv_lens, lead, batch, 0, Lk, meaning)
+    if causal_offset is None or (type(causal_offset) is int and causal_offset == 0):
+        causal_offset = None
+    elif isinstance(causal_offset, str):
+        causal_offset = _lower_right(causal_offset, q_lens, kv_lens, batch, Lq, Lk)
+    else:
+        causal_offset = _per_batch(
+            "causal_offset", causal_offset, lead, batch,
+            -_FARTHEST_OFFSET, _FARTHEST_OFFSET, "far beyond any axis",
+        )  # fmt: skip
+    window_left = window_right = None
+    if window_size is not None:
+        window_left, window_right = _window(window_size)
+    if is_causal is not False and _flag("is_causal", is_causal):
+        window_right = 0
+
+    if q_segment_ids is not None or kv_segment_ids is not None:
+        if q_segment_ids is None or kv_segment_ids is None:
+            given, missing = "q_segment_ids", "kv_segment_ids"
+            if q_segment_ids is None:
+                given, missing = missing, given
+            raise ValueError(f"{given} was given without {missing}: segments need both")
+        q_segment_ids = _segments("q_segment_ids", q_segment_ids, (*lead, Lq))
+        kv_segment_ids = _segments("kv_segment_ids", kv_segment_ids, (*lead, Lk))
+
+    if scale is None:
+        scale = 1.0 / math.sqrt(D) if D else 1.0
+    else:
+        scale = _finite("scale", scale)
+    if softcap is None:
+        softcap = 0.0
+    else:
+        softcap = _finite("softcap", softcap)
+        if softcap < 0.0:
+            raise ValueError(f"softcap must be positive, or 0 or None for off, got {softcap}")
+    if alibi_slopes is not None:
+        alibi_slopes = _per_head("alibi_slopes", alibi_slopes, Hq, acc)
+    if sinks is not None:
+        sinks = _per_head("sinks", sinks, Hq, acc)
+
+    if seed is not None:
+        seed = _index("seed", seed)
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+    dropout_p = _real("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p <= 1.0:  # NaN as well
+        raise ValueError(f"dropout_p must be a probability, 0 to 1, got {dropout_p}")
+    if dropout_p == 0.0:
+        seed = 0
+    elif seed is None:
+        raise ValueError(f"seed must be given when dropout_p > 0 (dropout_p is {dropout_p})")
+
+    if deterministic is not True:
+        deterministic = _flag("deterministic", deterministic)
+    if num_threads is not None:
+        num_threads = thread_count("num_threads", num_threads)
+
+    return tuple.__new__(  # a third of the time that Problem(...) takes
+        Problem,
+        (
+            lead, batch, Hq, Hkv, group, Lq, Lk, D, Dv, dtype, acc, q, k, v,
+            attn_mask, bias, window_left, window_right, causal_offset, q_lens, kv_lens,
+            q_segment_ids, kv_segment_ids, scale, softcap, alibi_slopes, sinks,
+            dropout_p, seed, deterministic, num_threads,
+        ),
+    )  # fmt: skip
+
+
+def as_array(name: str, value: Any) -> np.ndarray:
+    """An array argument as a plain ndarray over the same memory; no dtype is refused here."""
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array, whose mask would be lost; pass its .data, and what is "
+            "excluded as attn_mask"
+        )
+    if isinstance(value, np.matrix):
+        raise TypeError(f"{name} is an np.matrix, which is always 2-D; pass np.asarray({name})")
+    if isinstance(value, np.ndarray):
+        return value.view(np.ndarray)
+    if isinstance(value, np.generic):  # what NumPy makes of a 0-d array wherever it can
+        return np.asarray(value)
+    if is_cupy_array(value):
+        raise TypeError(
+            f"{name} is a CuPy array, and this version of fastattn computes on the CPU only; "
+            "pass cupy.asnumpy of it"
+        )
+    if hasattr(type(value), "__dlpack__"):
+        return from_dlpack(name, value)
+    raise TypeError(
+        f"{name} must be a NumPy array, or one that exports __dlpack__, got {describe(value)}"
+    )
+
+
+def float_name(dtype: np.dtype) -> str | None:
+    """The name of one of the four supported dtypes in native byte order, else None."""
+    name = _FLOAT_NAMES.get(dtype)
+    if name is None and dtype.name == "bfloat16" and dtype.isnative:
+        name = _FLOAT_NAMES[dtype] = "bfloat16"
+    return name
+
+
+def accumulation_dtype(name: str, array: np.ndarray) -> np.dtype:
+    """The dtype that arithmetic on a float array is done in; a TypeError for any other array."""
+    dtype = float_name(array.dtype)
+    if dtype is None:
+        raise TypeError(f"{name} must be one of {_FLOATS}, got {_describe_dtype(array.dtype)}")
+    return _ACCUMULATION[dtype]
+
+
+def describe(value: Any) -> str:
+    """What a message says of a value: a number or a string itself, else its type."""
+    if value is None or isinstance(value, (numbers.Number, str, np.generic)):
+        return f"{value!r} ({type(value).__name__})"
+    if isinstance(value, np.ndarray):
+        return f"an array of {_describe_dtype(value.dtype)}, shape {value.shape}"
+    return f"a {type(value).__module__}.{type(value).__qualname__}".replace("builtins.", "")
+
+
+def _describe_dtype(dtype: np.dtype) -> str:
+    if dtype.isnative:
+        return dtype.name
+    return f"{dtype.name} in the other byte order ({dtype.str!r})"
+
+
+def _common_dtype(names: tuple[str, ...], arrays: tuple[np.ndarray, ...]) -> str:
+    """The name of the arrays' one dtype, where it is not among those known at once."""
+    for name, array in zip(names, arrays):
+        accumulation_dtype(name, array)
+    first = arrays[0].dtype
+    if any(array.dtype != first for array in arrays):
+        given = ", ".join(f"{n} is {_describe_dtype(a.dtype)}" for n, a in zip(names, arrays))
+        raise TypeError(f"{', '.join(names)} must share one dtype: {given}")
+    return _FLOAT_NAMES[first]
+
+
+def _refuse_shapes(
+    names: tuple[str, str, str], q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]
+) -> None:
+    """Raise the ValueError that says which of the shapes is wrong, and why."""
+    forms = ("(..., Hq, Lq, D)", "(..., Hkv, Lk, D)", "(..., Hkv, Lk, Dv)")
+    for name, form, shape in zip(names, forms, (q, k, v)):
+        if len(shape) < 3:
+            raise ValueError(f"{name} must have shape {form}, three axes or more, got {shape}")
+    if not q[:-3] == k[:-3] == v[:-3]:
+        wrong = "leading (batch) axes must be equal"
+    elif q[-1] != k[-1]:
+        wrong = f"{names[0]} and {names[1]} must have the same last axis (D)"
+    elif k[-3] != v[-3]:
+        wrong = f"{names[1]} and {names[2]} must have the same number of heads (axis -3)"
+    else:
+        wrong = f"{names[1]} and {names[2]} must have the same length (axis -2)"
+    given = ", ".join(f"{name} {shape}" for name, shape in zip(names, (q, k, v)))
+    raise ValueError(f"shapes do not fit, {wrong}: {given}")
+
+
+def broadcast(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A view of the array broadcast to `shape`, which it must not enlarge."""
+    if array.shape == shape:
+        return array
+    try:
+        return np.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(f"{name} must broadcast to shape {shape}, got {array.shape}") from None
+
+
+def _broadcast_mask(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """attn_mask or bias, as a view of the scores' shape."""
+    array = as_array(name, value)
+    if float_name(array.dtype) is None and not (name == "attn_mask" and array.dtype == bool):
+        expected = f"of a float dtype that is added to the scores ({_FLOATS})"
+        if name == "attn_mask":
+            expected = f"bool, where True means attend, or {expected}"
+        raise TypeError(f"{name} must be {expected}, got {_describe_dtype(array.dtype)}")
+    return broadcast(name, array, shape)
+
+
+def _per_head(name: str, value: Any, heads: int, acc: np.dtype) -> np.ndarray:
+    """alibi_slopes or sinks: one number per query head, in the accumulation dtype."""
+    array = as_array(name, value)
+    accumulation_dtype(name, array)
+    if array.shape != (heads,):
+        raise ValueError(
+            f"{name} must have shape ({heads},), one per query head, got {array.shape}"
+        )
+    return np.ascontiguousarray(cast(array, acc))
+
+
+def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The array in another float dtype, itself where it has it; silent where a value overflows."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(all="ignore"):
+        return array.astype(dtype)
+
+
+def _integers(name: str, value: Any) -> np.ndarray:
+    """An int, a sequence of ints or an integer array, as an array whose values fit int64."""
+    expected = f"{name} must be an int, a sequence of ints or an integer array"
+    if isinstance(value, (int, np.integer, Sequence)) and not isinstance(value, (bool, str, bytes)):
+        try:
+            array = np.asarray(value)
+        except ValueError:
+            raise ValueError(f"{expected}, got a ragged sequence") from None
+        if array.size == 0:  # NumPy sees no ints here and calls it float64
+            array = array.astype(np.int64)
+        if array.dtype == object and all(type(item) is int for item in array.flat):
+            raise ValueError(f"{name} must fit 64-bit integers, got {max(array.flat, key=abs)}")
+    elif isinstance(value, np.ndarray) or hasattr(type(value), "__dlpack__"):
+        array = as_array(name, value)
+    else:
+        raise TypeError(f"{expected}, got {describe(value)}")
+    if array.dtype.kind not in "iu" or not array.dtype.isnative:
+        raise TypeError(f"{expected}, got {_describe_dtype(array.dtype)}")
+    if array.dtype.itemsize == 8 and array.dtype.kind == "u":
+        _check_range(name, array, 0, (1 << 63) - 1, "to fit a signed 64-bit integer")
+    return array
+
+
+def _check_range(name: str, array: np.ndarray, low: int, high: int, meaning: str) -> None:
+    """Refuse the first value outside [low, high], with its index."""
+    outside = (array < low) | (array > high)
+    if outside.any():
+        index = np.unravel_index(int(outside.argmax()), array.shape)
+        place = f"[{', '.join(map(str, index))}]" if index else ""
+        raise ValueError(f"{name}{place} is {array[index]}, expected {low} to {high}, {meaning}")
+
+
+def _per_batch(
+    name: str, value: Any, lead: tuple[int, ...], batch: int, low: int, high: int, meaning: str
+) -> np.ndarray:
+    """One checked number per batch entry, copied: what was checked is what the backend reads."""
+    if type(value) is int and low <= value <= high:  # much the quickest of the usual ways
+        entries = np.empty(batch, np.int64)
+        entries.fill(value)
+        return entries
+    array = np.array(_integers(name, value))
+    _check_range(name, array, low, high, meaning)
+    return broadcast(name, array, lead).astype(np.int64, order="C").reshape(batch)
+
+
+def _lower_right(
+    word: str, q_lens: np.ndarray | None, kv_lens: np.ndarray | None, batch: int, Lq: int, Lk: int
+) -> np.ndarray:
+    """The offset that puts the last query on the last key, of the lengths where they are given."""
+    if word != "lower_right":
+        raise ValueError(
+            f"causal_offset must be an int, one per batch entry or 'lower_right', got {word!r}"
+        )
+    last_keys = np.full(batch, Lk, np.int64) if kv_lens is None else kv_lens
+    return last_keys - (Lq if q_lens is None else q_lens)
+
+
+def _segments(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    return broadcast(name, _integers(name, value).astype(np.int64, copy=False), shape)
+
+
+def _window(value: Any) -> tuple[int | None, int | None]:
+    """The two sides of window_size."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(
+            "window_size must be a pair (left, right) of ints or None, got "
+            f"{value if isinstance(value, (tuple, list)) else describe(value)}"
+        )
+    sides = [None if side is None else _index("window_size", side) for side in value]
+    for side in sides:
+        if side is not None and side < 0:
+            raise ValueError(
+                f"window_size must hold ints >= 0, or None for unbounded, got {tuple(value)}"
+            )
+    left, right = (None if side is None else min(side, _WIDEST_WINDOW) for side in sides)
+    return left, right
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+    return bool(value)
+
+
+def _index(name: str, value: Any) -> int:
+    """An int, or what stands for one; a bool does not."""
+    if not isinstance(value, (bool, np.bool_)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an int, got {describe(value)}")
+
+
+def thread_count(name: str, value: Any) -> int:
+    """A number of threads; more than a C int holds is as good as what it holds."""
+    number = _index(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be 1 or more, or None, got {number}")
+    return min(number, (1 << 31) - 1)
+
+
+def _real(name: str, value: Any) -> float:
+    """A real number, a NumPy scalar of any float dtype included; a bool is none."""
+    if type(value) is float:
+        return value
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{name} must fit a float, got an int beyond its range") from None
+    if isinstance(value, np.generic) and float_name(value.dtype) is not None:
+        return float(value)
+    raise TypeError(f"{name} must be a real number, got {describe(value)}")
+
+
+def _finite(name: str, value: Any) -> float:
+    number = _real(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def check_outputs(
+    problem: Problem, out: Any, inputs: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The arrays of a forward's `out=`: out, and lse where it was given as well.
+
+    `inputs` are the arguments as they were given, as the problem may hold copies.
+    """
+    out, lse = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
+    out_shape = (*problem.q.shape[:-1], problem.Dv)
+    results = {"out": _result("out", out, out_shape, _out_dtypes(problem))}
+    if lse is not None:
+        results["out[1] (lse)"] = _result("out[1] (lse)", lse, out_shape[:-1], [problem.acc])
+
+    given = {
+        name: as_array(name, value)
+        for name, value in inputs.items()
+        if isinstance(value, np.ndarray) or hasattr(type(value), "__dlpack__")
+    }
+    for name, result in results.items():
+        if overlaps_itself(result):
+            raise ValueError(
+                f"{name} has elements that share memory with one another (strides "
+                f"{result.strides}): each needs memory of its own"
+            )
+        for other, array in given.items():
+            if overlap(result, array):
+                raise ValueError(f"{name} shares an element with {other}, which must not change")
+        given[name] = result
+    return results["out"], results.get("out[1] (lse)")
+
+
+def _out_dtypes(problem: Problem) -> list[np.dtype]:
+    """What `out` may be: of q's dtype, and float32 for 16-bit inputs."""
+    dtype = problem.q.dtype
+    return [dtype] if problem.acc == dtype else [dtype, problem.acc]
+
+
+def _result(name: str, value: Any, shape: tuple[int, ...], dtypes: list[np.dtype]) -> np.ndarray:
+    """An array to be written: right in shape and dtype, and writeable."""
+    array = as_array(name, value)
+    _check_like(name, array, shape, dtypes)
+    if not array.flags.writeable:
+        raise ValueError(f"{name} is read-only, and the result is to be written to it")
+    return array
+
+
+def _check_like(
+    name: str, array: np.ndarray, shape: tuple[int, ...], dtypes: list[np.dtype]
+) -> None:
+    if array.dtype not in dtypes:
+        expected = " or ".join(dtype.name for dtype in dtypes)
+        raise TypeError(f"{name} must be {expected}, got {_describe_dtype(array.dtype)}")
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+
+
+def check_backward(
+    problem: Problem, dout: Any, out: Any, lse: Any, dlse: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """dout, out, lse and dlse (in the accumulation dtype), as arrays that fit the problem."""
+    out_shape = (*problem.q.shape[:-1], problem.Dv)
+    dtype, acc = problem.q.dtype, problem.acc
+    dout, out, lse = as_array("dout", dout), as_array("out", out), as_array("lse", lse)
+    _check_like("dout", dout, out_shape, [dtype])
+    _check_like("out", out, out_shape, _out_dtypes(problem))
+    _check_like("lse", lse, out_shape[:-1], [acc])
+    if dlse is not None:
+        dlse = as_array("dlse", dlse)
+        accumulation_dtype("dlse", dlse)
+        _check_like("dlse", dlse, out_shape[:-1], [dlse.dtype])
+        dlse = cast(dlse, acc)
+    return dout, out, lse, dlse
+
+
+def check_wrt(wrt: Any, bias: Any, sinks: Any, alibi_slopes: Any) -> frozenset[str]:
+    """The names of the wanted gradients; a lone name stands for itself."""
+    if isinstance(wrt, str):
+        wrt = (wrt,)
+    if not isinstance(wrt, Iterable):
+        raise TypeError(f"wrt must hold names out of {WRT_NAMES}, got {describe(wrt)}")
+    wanted = tuple(wrt)
+    given = {"bias": bias, "sinks": sinks, "alibi_slopes": alibi_slopes}
+    for name in wanted:
+        if not isinstance(name, str):
+            raise TypeError(f"wrt must hold names out of {WRT_NAMES}, got {describe(name)}")
+        if name not in WRT_NAMES:
+            raise ValueError(f"wrt must hold names out of {WRT_NAMES}, got {name!r}")
+        if name in given and given[name] is None:
+            raise ValueError(f"wrt asks for the gradient of {name}, which was not given")
+    return frozenset(wanted)
+
+
+def check_gqa(problem: Problem, enable_gqa: Any, names: tuple[str, str, str]) -> None:
+    """PyTorch's rule: one key head serves all, other numbers only where it was said."""
+    if not _flag("enable_gqa", enable_gqa) and problem.Hkv not in (1, problem.Hq):
+        raise ValueError(
+            f"{names[0]} has {problem.Hq} heads and {names[1]} has {problem.Hkv}: pass "
+            "enable_gqa=True to share each key head among several query heads"
+        )

@@ -1,0 +1,163 @@
+"""Softmax whose rows may be empty: what the attention kernels fuse, as two functions of arrays."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+
+from fastattn._backends import namespace_of
+from fastattn._problem import accumulation_dtype, as_array, describe
+
+Array = Any
+
+
+def safe_softmax(scores: Array, axis: int = -1) -> np.ndarray:
+    r"""Compute the softmax along an axis, with zeros where every score is -inf.
+
+    .. math:: p_j = \exp(s_j - m) / \sum_l \exp(s_l - m), \quad m = \max_l s_l
+
+    Parameters
+    ----------
+    scores : array, any shape, dtype float16, bfloat16, float32 or float64
+        Read only; any strides, read-only memory included. -inf excludes an element.
+    axis : int, default -1
+        The axis whose elements sum to one.
+
+    Returns
+    -------
+    array, shape and dtype of `scores`
+        A new array in the memory order of `scores`, never a view.
+
+    Raises
+    ------
+    TypeError
+        `scores` is not an array of one of the four dtypes in native byte order (a masked array,
+        a list), or `axis` is not an int.
+    ValueError
+        `axis` is not an axis of `scores`.
+
+    See Also
+    --------
+    safe_softmax_backward : The gradient.
+    fastattn.attention.attention_forward : Attention without the matrix of probabilities.
+
+    Notes
+    -----
+    A slice that is all -inf gives exact zeros, as PyTorch's fully masked attention rows do
+    (pull request 133882) and the ONNX `Attention` operator demands. Nothing else is made finite:
+    a NaN or a +inf makes its slice NaN, as in the plain formula. Zero-length axes are legal.
+
+    16-bit scores are computed in float32 and rounded once.
+
+    References
+    ----------
+    .. [1] M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018,
+       arXiv:1805.02867.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> scores = np.array([[0.0, 0.0, -np.inf, 0.0], [-np.inf] * 4], dtype=np.float16)
+    >>> fastattn.safe_softmax(scores)
+    array([[0.3333, 0.3333, 0.    , 0.3333],
+           [0.    , 0.    , 0.    , 0.    ]], dtype=float16)
+    """
+    scores = as_array("scores", scores)
+    acc = accumulation_dtype("scores", scores)
+    axis = _axis(axis, scores.ndim)
+    xp = namespace_of(scores)
+    if scores.size == 0:
+        return xp.empty_like(scores)
+    with np.errstate(all="ignore"):  # inf - inf is the NaN that the formula has there
+        s = scores.astype(acc, copy=False)
+        row_max = s.max(axis=axis, keepdims=True)
+        # The maximum is -inf only where every score is: a NaN would be the maximum.
+        empty = row_max == -np.inf
+        p = xp.exp(s - xp.where(empty, 0, row_max))
+        p /= xp.where(empty, 1, p.sum(axis=axis, keepdims=True))
+        return p.astype(scores.dtype, copy=False)
+
+
+def safe_softmax_backward(dprobs: Array, probs: Array, axis: int = -1) -> np.ndarray:
+    r"""Compute the gradient of `safe_softmax` with respect to its scores.
+
+    .. math:: ds_j = p_j \, (dp_j - \sum_l p_l \, dp_l)
+
+    Parameters
+    ----------
+    dprobs : array, any shape, dtype float16, bfloat16, float32 or float64
+        The gradient with respect to the probabilities. Read only; any strides.
+    probs : array, shape and dtype of `dprobs`
+        What `safe_softmax` returned. Read only; any strides.
+    axis : int, default -1
+        The axis that `safe_softmax` was given.
+
+    Returns
+    -------
+    array, shape and dtype of `probs`
+        A new array in the memory order of `probs`.
+
+    Raises
+    ------
+    TypeError
+        An argument is not an array of one of the four dtypes in native byte order, the two
+        dtypes differ, or `axis` is not an int.
+    ValueError
+        The shapes differ, or `axis` is not one of their axes.
+
+    See Also
+    --------
+    safe_softmax : The forward.
+
+    Notes
+    -----
+    Where `probs` is exactly zero the gradient is exactly zero and `dprobs` is not read: it is
+    selected, not multiplied, so NaN or uninitialised memory there changes nothing. A slice of
+    zeros has a gradient of zeros. Any other NaN shows, as in the plain formula.
+
+    16-bit arrays are computed in float32 and rounded once. Zero-length axes are legal.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> probs = np.array([0.5, 0.5, 0.0], dtype=np.float32)
+    >>> fastattn.safe_softmax_backward(np.array([1, 3, np.nan], dtype=np.float32), probs)
+    array([-0.5,  0.5,  0. ], dtype=float32)
+    """
+    dprobs, probs = as_array("dprobs", dprobs), as_array("probs", probs)
+    accumulation_dtype("dprobs", dprobs)
+    acc = accumulation_dtype("probs", probs)
+    if dprobs.dtype != probs.dtype:
+        raise TypeError(
+            f"dprobs and probs must share one dtype: dprobs is {dprobs.dtype.name}, "
+            f"probs is {probs.dtype.name}"
+        )
+    if dprobs.shape != probs.shape:
+        raise ValueError(
+            f"dprobs must have the shape of probs, {probs.shape}, got {dprobs.shape}"
+        )
+    axis = _axis(axis, probs.ndim)
+    xp = namespace_of(probs)
+    with np.errstate(all="ignore"):
+        p = probs.astype(acc, copy=False)
+        live = p != 0
+        dp = xp.where(live, dprobs, 0).astype(acc, copy=False)
+        ds = p * (dp - (p * dp).sum(axis=axis, keepdims=True))
+        return xp.where(live, ds, 0).astype(probs.dtype, copy=False)
+
+
+def _axis(axis: Any, ndim: int) -> int:
+    """The axis counted from the front."""
+    if isinstance(axis, bool):
+        raise TypeError(f"axis must be an int, got {describe(axis)}")
+    try:
+        index = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis must be an int, got {describe(axis)}") from None
+    if not -ndim <= index < ndim:
+        raise ValueError(f"axis must be in [{-ndim}, {ndim}) for {ndim} axes, got {index}")
+    return index % ndim
