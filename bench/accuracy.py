@@ -23,7 +23,7 @@ DIRECTIONS = ["forward", "backward"]
 def run(options: argparse.Namespace) -> dict[str, object]:
     records = []
     for dtype in options.dtype:
-        for case in sum((load_shapes(name) for name in options.shapes), []):
+        for case in load_shapes(options.shapes):
             # One problem serves both directions: dout is made last, q, k, v are the same.
             case = replace(case, dtype=dtype, direction="backward")
             for name, ours, plain, exact in results_of(case, options):

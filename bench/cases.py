@@ -14,7 +14,7 @@ Work is counted by the conventions of the FlashAttention papers:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ class Case:
     Dv: int
     causal: bool
     source: str = ""
+    family: str = ""  # name of the shape file
     dtype: str = "float32"
     direction: str = "forward"
 
@@ -80,8 +81,12 @@ class Case:
         return self.kv_bytes + queries * ITEM_BYTES[self.dtype]
 
 
-def load_shapes(name: str) -> list[Case]:
-    """The cases of ``shapes/<name>.txt``, or of a file given by its path."""
+def load_shapes(names: list[str]) -> list[Case]:
+    """The cases of each ``shapes/<name>.txt``, or file given by its path, one after the other."""
+    return [case for name in names for case in _read(name)]
+
+
+def _read(name: str) -> list[Case]:
     path = Path(name) if name.endswith(".txt") else SHAPES_DIR / f"{name}.txt"
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in SHAPES_DIR.glob("*.txt")))
@@ -90,11 +95,12 @@ def load_shapes(name: str) -> list[Case]:
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         fields, _, source = line.partition("#")
         if fields.strip():
-            cases.append(_parse(fields.split(), source.strip(), f"{path}:{number}"))
+            case = _parse(fields.split(), f"{path}:{number}")
+            cases.append(replace(case, source=source.strip(), family=path.stem))
     return cases
 
 
-def _parse(fields: list[str], source: str, where: str) -> Case:
+def _parse(fields: list[str], where: str) -> Case:
     try:
         *sizes, width, mask = fields
         B, Hq, Hkv, Lq, Lk = map(int, sizes)
@@ -104,7 +110,7 @@ def _parse(fields: list[str], source: str, where: str) -> Case:
         raise SystemExit(f"{where}: expected 'B Hq Hkv Lq Lk D[/Dv] full|causal'") from None
     if causal and Lq != Lk:
         raise SystemExit(f"{where}: libraries disagree on what causal means for Lq != Lk")
-    return Case(B, Hq, Hkv, Lq, Lk, D, Dv, causal, source)
+    return Case(B, Hq, Hkv, Lq, Lk, D, Dv, causal)
 
 
 def numpy_dtype(name: str) -> np.dtype:

@@ -49,6 +49,10 @@ PEAK_KIND = {"float16": "float32"}
 
 def main() -> None:
     options = parse_arguments()
+    try:
+        import fastattn  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(f"fastattn cannot be imported: {error}") from error
     if options.memory:
         results = memory.run(options)
     elif options.accuracy:
@@ -95,8 +99,7 @@ def compare(options: argparse.Namespace) -> dict[str, object]:
         replace(case, dtype=dtype, direction=direction)
         for dtype in options.dtype
         for direction in options.directions
-        for name in options.shapes
-        for case in load_shapes(name)
+        for case in load_shapes(options.shapes)
     ]
     workers = start_workers(options)
     meter = Worker(Meter, environment("fastattn", options), options.threads)
@@ -163,7 +166,9 @@ def measure(
     for _ in range(options.rounds):
         for name in order.sample(running, len(running)):
             time.sleep(PAUSE_SECONDS)
-            results[name].seconds.append(median(wanted[name].call("time", options.slot)))
+            seconds = wanted[name].call("time", options.slot)
+            results[name].seconds.append(median(seconds))
+            results[name].fastest = min(results[name].fastest, *seconds)
             results[name].peaks.append(meter.call("peak", kind, PEAK_SECONDS))
     for worker in wanted.values():
         _answer(worker, "release")

@@ -35,7 +35,8 @@ class Peer:
 
     name = ""
     packages: tuple[str, ...] = ()
-    dtypes: dict[str, tuple[str, ...]] = {"forward": (), "backward": ()}
+    forward_dtypes: tuple[str, ...] = ()
+    backward_dtypes: tuple[str, ...] = ()
     grouped_heads = True
 
     def __init__(self, threads: int) -> None:
@@ -47,15 +48,16 @@ class Peer:
 
     @classmethod
     def version(cls) -> str:
-        try:
-            return importlib.metadata.version(cls.packages[0])
-        except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
-            return "not installed"
+        return importlib.metadata.version(cls.packages[0])
+
+    def configuration(self) -> dict[str, Any]:
+        """What else there is to know about the candidate, for the JSON file."""
+        return {}
 
     @classmethod
     def serves(cls, case: Case) -> bool:
-        heads_fit = cls.grouped_heads or case.Hq == case.Hkv
-        return case.dtype in cls.dtypes[case.direction] and heads_fit
+        dtypes = getattr(cls, f"{case.direction}_dtypes")
+        return case.dtype in dtypes and (cls.grouped_heads or case.Hq == case.Hkv)
 
     @staticmethod
     def environment(threads: int) -> dict[str, str]:
@@ -82,13 +84,25 @@ class Fastattn(Peer):
 
     name = "fastattn"
     packages = ("fastattn",)
-    dtypes = {"forward": ALL_DTYPES, "backward": ALL_DTYPES}
+    forward_dtypes = ALL_DTYPES
+    backward_dtypes = ALL_DTYPES
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
         import fastattn
 
         fastattn.set_num_threads(threads)
+
+    @classmethod
+    def version(cls):
+        from fastattn import introspect
+
+        return introspect.versions()["fastattn"]
+
+    def configuration(self):
+        import fastattn
+
+        return {"configuration": fastattn.show_config("dicts")}
 
     def forward(self, case, q, k, v):
         from fastattn import scaled_dot_product_attention
@@ -111,7 +125,8 @@ class Numpy(Peer):
 
     name = "numpy"
     packages = ("numpy",)
-    dtypes = {"forward": ("float32", "float64"), "backward": ("float32", "float64")}
+    forward_dtypes = ("float32", "float64")
+    backward_dtypes = ("float32", "float64")
 
     @staticmethod
     def _probabilities(case: Case, q: np.ndarray, k: np.ndarray) -> np.ndarray:
@@ -156,7 +171,8 @@ class Torch(Peer):
 
     name = "torch"
     packages = ("torch",)
-    dtypes = {"forward": ALL_DTYPES, "backward": ALL_DTYPES}
+    forward_dtypes = ALL_DTYPES
+    backward_dtypes = ALL_DTYPES
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -247,7 +263,7 @@ class OnnxAttention(OnnxRuntime):
     """The ONNX standard's Attention (opset 23)."""
 
     name = "ort_attention"
-    dtypes = {"forward": ("float16", "float32"), "backward": ()}
+    forward_dtypes = ("float16", "float32")
 
     def _node(self, case):
         from onnx import helper
@@ -270,7 +286,7 @@ class OnnxMultiHead(OnnxRuntime):
     """ONNX Runtime's own MultiHeadAttention, whose arrays are (B, L, H * D)."""
 
     name = "ort_mha"
-    dtypes = {"forward": ("float16", "float32"), "backward": ()}
+    forward_dtypes = ("float16", "float32")
     grouped_heads = False
 
     def _node(self, case):
@@ -312,7 +328,7 @@ class OpenVino(Peer):
 
     name = "openvino"
     packages = ("openvino",)
-    dtypes = {"forward": ("float16", "bfloat16", "float32"), "backward": ()}
+    forward_dtypes = ("float16", "bfloat16", "float32")
     grouped_heads = False
 
     @functools.cache  # noqa: B019  (a peer lives as long as its process)
@@ -360,6 +376,5 @@ class OpenVino(Peer):
 
 
 PEERS = {
-    peer.name: peer
-    for peer in (Fastattn, Torch, OpenVino, OnnxMultiHead, OnnxAttention, Numpy)
+    peer.name: peer for peer in (Fastattn, Torch, OpenVino, OnnxMultiHead, OnnxAttention, Numpy)
 }

@@ -24,6 +24,7 @@ class Measurement:
     error: float | None = None
     seconds: list[float] = field(default_factory=list)  # median call of each round
     peaks: list[float | None] = field(default_factory=list)  # live peak beside it
+    fastest: float = float("inf")  # seconds of the fastest call of all
 
     @property
     def rate(self) -> float | None:
@@ -77,18 +78,19 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def rate_tables(measurements: list[Measurement]) -> str:
-    """One table for each dtype, direction and unit, a row per shape, a column per candidate."""
+    """One table for each shape file, dtype, direction and unit."""
     return "\n\n".join(
-        f"### {direction}, {dtype}: {unit}, (share of the measured peak)\n\n" + _rate_table(group)
-        for (dtype, direction, unit), group in grouped(measurements)
+        f"### {title}: {unit} (share of the measured peak)\n\n{_rate_table(group)}"
+        for (title, unit), group in grouped(measurements)
     )
 
 
 def grouped(measurements: list[Measurement]):
-    """((dtype, direction, unit), the measurements that share them), in the order measured."""
-    groups: dict[tuple[str, str, str], list[Measurement]] = {}
+    """((title, unit), the measurements that belong in one table), in the order measured."""
+    groups: dict[tuple[str, str], list[Measurement]] = {}
     for m in measurements:
-        groups.setdefault((m.case.dtype, m.case.direction, m.case.unit), []).append(m)
+        title = f"{m.case.family}, {m.case.direction}, {m.case.dtype}"
+        groups.setdefault((title, m.case.unit), []).append(m)
     return list(groups.items())
 
 
@@ -155,19 +157,19 @@ def plot(path: Path, measurements: list[Measurement], title: str) -> None:
         return
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(_names(measurements)))}
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(11, 3.6 * len(panels)), squeeze=False, layout="constrained"
+        len(panels), 1, figsize=(13, 3.8 * len(panels)), squeeze=False, layout="constrained"
     )
-    for axis, ((dtype, direction, unit), group) in zip(axes[:, 0], panels, strict=True):
+    for axis, ((name, unit), group) in zip(axes[:, 0], panels, strict=True):
         draw = _draw_lines if _differ_in_length_only(group) else _draw_bars
         draw(axis, group, colors)
-        axis.set_title(f"{direction}, {dtype}", loc="left")
+        axis.set_title(name, loc="left")
         axis.set_ylabel(unit)
         axis.set_ylim(bottom=0)
         axis.grid(axis="y", alpha=0.3)
-        axis.legend(ncols=4, fontsize="small", loc="lower right")
+        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -186,13 +188,14 @@ def _draw_lines(axis, group: list[Measurement], colors: dict[str, str]) -> None:
             line = [m for m in group if m.candidate == name and m.case.causal == causal]
             if line:
                 label = f"{name} causal" if causal else name
-                rates = [m.rate / 1e9 for m in line]
-                lengths = [m.case.Lk for m in line]
-                axis.plot(lengths, rates, style, color=colors[name], label=label, markersize=4)
-    peaks = [(shape[0].case.Lk, _peak(shape)) for _, shape in by_shape(group) if _peak(shape)]
-    if peaks:
-        axis.plot(*zip(*sorted(peaks), strict=True), "k:", label="measured peak")
+                points = [(m.case.Lk, m.rate / 1e9) for m in line]
+                axis.plot(*zip(*points, strict=True), style, color=colors[name], label=label)
+    lengths = sorted({m.case.Lk for m in group})
+    peaks = [_peak([m for m in group if m.case.Lk == length]) for length in lengths]
+    if all(peaks):
+        axis.plot(lengths, peaks, "k:", label="measured peak")
     axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, map(str, lengths))
     axis.set_xlabel("length of keys")
 
 
@@ -209,7 +212,13 @@ def _draw_bars(axis, group: list[Measurement], colors: dict[str, str]) -> None:
         if _peak(ms):
             label = "measured peak" if i == 0 else None
             axis.plot([i - 0.45, i + 0.45], [_peak(ms)] * 2, "k:", label=label)
-    axis.set_xticks(range(len(shapes)), [shape for shape, _ in shapes], rotation=12, ha="right")
+    labels = [_label(group[0].case) for _, group in shapes]
+    axis.set_xticks(range(len(shapes)), labels, fontsize="x-small")
+
+
+def _label(case: Case) -> str:
+    batch, heads, rows, keys, width = case.shape.split(", ")
+    return f"B {batch}, H {heads}\n{rows} x {keys}\nD {width}"
 
 
 def _peak(measurements: list[Measurement]) -> float | None:

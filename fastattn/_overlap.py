@@ -59,5 +59,5 @@ def _interleaved(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _lowest_address(a: np.ndarray) -> int:
-    address: int = a.__array_interface__["data"][0]
-    return address + sum(s * (n - 1) for s, n in zip(a.strides, a.shape) if s < 0)
+    first: int = a.__array_interface__["data"][0]
+    return first + sum(s * (n - 1) for s, n in zip(a.strides, a.shape) if s < 0)

@@ -24,7 +24,7 @@ from fastattn._overlap import overlap, overlaps_itself
 
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
-_ACCUMULATION = {
+_ACCUMULATION: dict[str, np.dtype] = {
     "float16": _FLOAT32,
     "bfloat16": _FLOAT32,
     "float32": _FLOAT32,
@@ -164,7 +164,7 @@ def make_problem(
     window_left = window_right = None
     if window_size is not None:
         window_left, window_right = _window(window_size)
-    if is_causal is not False and _flag("is_causal", is_causal):
+    if _flag("is_causal", is_causal):
         window_right = 0
 
     if q_segment_ids is not None or kv_segment_ids is not None:
@@ -203,8 +203,7 @@ def make_problem(
     elif seed is None:
         raise ValueError(f"seed must be given when dropout_p > 0 (dropout_p is {dropout_p})")
 
-    if deterministic is not True:
-        deterministic = _flag("deterministic", deterministic)
+    deterministic = _flag("deterministic", deterministic)
     if num_threads is not None:
         num_threads = thread_count("num_threads", num_threads)
 
@@ -244,6 +243,11 @@ def as_array(name: str, value: Any) -> np.ndarray:
     raise TypeError(
         f"{name} must be a NumPy array, or one that exports __dlpack__, got {describe(value)}"
     )
+
+
+def _is_array(value: Any) -> bool:
+    """Whether `as_array` sees an array with memory of its own; not NumPy's scalars."""
+    return isinstance(value, np.ndarray) or hasattr(type(value), "__dlpack__")
 
 
 def float_name(dtype: np.dtype) -> str | None:
@@ -351,7 +355,11 @@ def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _integers(name: str, value: Any) -> np.ndarray:
     """An int, a sequence of ints or an integer array, as an array whose values fit int64."""
     expected = f"{name} must be an int, a sequence of ints or an integer array"
-    if isinstance(value, (int, np.integer, Sequence)) and not isinstance(value, (bool, str, bytes)):
+    if _is_array(value):
+        array = as_array(name, value)
+    elif isinstance(value, (int, np.integer, Sequence)) and not isinstance(
+        value, (bool, str, bytes)
+    ):
         try:
             array = np.asarray(value)
         except ValueError:
@@ -360,8 +368,6 @@ def _integers(name: str, value: Any) -> np.ndarray:
             array = array.astype(np.int64)
         if array.dtype == object and all(type(item) is int for item in array.flat):
             raise ValueError(f"{name} must fit 64-bit integers, got {max(array.flat, key=abs)}")
-    elif isinstance(value, np.ndarray) or hasattr(type(value), "__dlpack__"):
-        array = as_array(name, value)
     else:
         raise TypeError(f"{expected}, got {describe(value)}")
     if array.dtype.kind not in "iu" or not array.dtype.isnative:
@@ -427,7 +433,9 @@ def _window(value: Any) -> tuple[int | None, int | None]:
 
 
 def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
+    if value is True or value is False:
+        return value
+    if not isinstance(value, np.bool_):
         raise TypeError(f"{name} must be True or False, got {describe(value)}")
     return bool(value)
 
@@ -487,7 +495,7 @@ def check_outputs(
     given = {
         name: as_array(name, value)
         for name, value in inputs.items()
-        if isinstance(value, np.ndarray) or hasattr(type(value), "__dlpack__")
+        if value is not None and _is_array(value)
     }
     for name, result in results.items():
         if overlaps_itself(result):
@@ -497,7 +505,9 @@ def check_outputs(
             )
         for other, array in given.items():
             if overlap(result, array):
-                raise ValueError(f"{name} shares an element with {other}, which must not change")
+                raise ValueError(
+                    f"{name} shares an element with {other}: it needs memory of its own"
+                )
         given[name] = result
     return results["out"], results.get("out[1] (lse)")
 

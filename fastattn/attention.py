@@ -501,7 +501,7 @@ def attention_backward(
     dbias = dbias_of_scores = None
     if "bias" in wanted:
         dbias = np.empty_like(as_array("bias", bias))
-        dbias_of_scores = _broadcast_writable(dbias, problem.bias.shape)
+        dbias_of_scores = _broadcast_writable(dbias, (*problem.q.shape[:-1], problem.Lk))
         if dbias_of_scores.size == 0:  # a sum over nothing, which no backend gets to see
             dbias.fill(0)
     dsinks = np.empty(problem.Hq, problem.acc) if "sinks" in wanted else None

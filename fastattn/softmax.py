@@ -137,9 +137,7 @@ def safe_softmax_backward(dprobs: Array, probs: Array, axis: int = -1) -> np.nda
             f"probs is {probs.dtype.name}"
         )
     if dprobs.shape != probs.shape:
-        raise ValueError(
-            f"dprobs must have the shape of probs, {probs.shape}, got {dprobs.shape}"
-        )
+        raise ValueError(f"dprobs must have the shape of probs, {probs.shape}, got {dprobs.shape}")
     axis = _axis(axis, probs.ndim)
     xp = namespace_of(probs)
     with np.errstate(all="ignore"):

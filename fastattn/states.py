@@ -175,4 +175,7 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def _cast(xp: ModuleType, array: Any, dtype: Any) -> Any:
-    return array if array.dtype == dtype else xp.astype(array, dtype)
+    if array.dtype == dtype:
+        return array
+    # NumPy 2.0 lacks the function of the standard, and bfloat16 is in no standard.
+    return array.astype(dtype) if xp is np else xp.astype(array, dtype)

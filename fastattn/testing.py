@@ -429,7 +429,8 @@ def reference_backward(
             into_sink = np.exp(_row_sinks(q, o, compute_dtype) - lse) * (dlse - delta)
             grads["dsinks"] = _sum_to_shape(np.where(rows_read, into_sink, 0), (Hq, 1))[:, 0]
         if "alibi_slopes" in wrt:
-            grads["dalibi_slopes"] = -_sum_to_shape(t * np.abs(distance), (Hq, 1, 1))[:, 0, 0]
+            t = t * np.abs(distance).astype(compute_dtype)
+            grads["dalibi_slopes"] = -_sum_to_shape(t, (Hq, 1, 1))[:, 0, 0]
         return Gradients(**grads)
 
 
@@ -530,14 +531,14 @@ def assert_lse_accurate(actual, exact, plain, acc, *, siblings=(), name="lse"):
     """Assert promise 6 of lse: an error of at most 4 ulp of max(1, abs(lse)).
 
     -inf must be where exact has it and nowhere else; other non-finite values, and the parameters,
-    as in `assert_accurate`. Scores that cancel so badly that the plain computation itself needs
-    more than 2 ulp raise the bound to twice what it needs.
+    as in `assert_accurate`. Where scores cancel (a large ALiBi term, say), no float32 computation
+    keeps to that: 4 times the largest error of the plain computation is allowed as well.
     """
     _assert_like(actual, exact.shape, acc, name)
     compared = _assert_finite_alike(actual, exact, plain, acc, name)
     ulp = np.spacing(np.where(compared, np.maximum(1, abs(exact)), 1).astype(acc))
     plain_errors = (_plain_error(*both, acc, compared) for both in ((exact, plain), *siblings))
-    bound = max(4, *(2 * (error / ulp).max(initial=0) for error in plain_errors))
+    bound = max(4, *(4 * (error / ulp).max(initial=0) for error in plain_errors))
     error = abs(np.where(compared, actual, 0) - np.where(compared, exact, 0)) / ulp
     wrong = ((actual == -np.inf) != (exact == -np.inf)) | (error > bound)
     if wrong.any():
@@ -549,7 +550,7 @@ def assert_lse_accurate(actual, exact, plain, acc, *, siblings=(), name="lse"):
 
 
 def _exact_and_plain(reference, arrays, q, pairs, **given):
-    """Return [(exact, plain), ...] of these inputs, and then of siblings if results are small.
+    """Return [(exact, plain), ...] of these inputs, and then of siblings if the problem is small.
 
     Float64 inputs are judged by longdouble. Siblings differ from the inputs in the last digits.
     """
@@ -561,10 +562,11 @@ def _exact_and_plain(reference, arrays, q, pairs, **given):
         return reference(*arrays, **exact, **given), reference(*arrays, **plain, **given)
 
     results = [both(arrays)]
-    if any(0 < x.size < 64 for x in results[0][0] if x is not None):
-        rng = np.random.default_rng(0)
-        for _ in range(min(max(2**20 // max(pairs, 1), 3), 16)):
-            results.append(both([_with_other_last_digits(rng, x) for x in arrays]))
+    few_elements = any(0 < x.size < 64 for x in results[0][0] if x is not None)
+    siblings = min(max(2**18 // max(pairs, 1), 3 if few_elements else 0), 16)
+    rng = np.random.default_rng(0)
+    for _ in range(siblings):
+        results.append(both([_with_other_last_digits(rng, x) for x in arrays]))
     return results
 
 
@@ -638,7 +640,7 @@ def _in_some_layout(rng, x):
     order = rng.permutation(x.ndim)
     backwards = tuple(np.flatnonzero(rng.random(x.ndim) < 0.2))
     memory = np.flip(x, backwards).transpose(order).copy()
-    return np.flip(memory.transpose(np.argsort(order)), backwards)
+    return np.asarray(np.flip(memory.transpose(np.argsort(order)), backwards))
 
 
 def random_problem(rng, **fixed):
@@ -672,7 +674,7 @@ def random_problem(rng, **fixed):
     poison = pick("poison", True, False)
 
     def normal(*shape, dtype=dtype):
-        return _in_some_layout(rng, rng.standard_normal(shape).astype(dtype))
+        return _in_some_layout(rng, np.asarray(rng.standard_normal(shape)).astype(dtype))
 
     def lengths(longest):
         return rng.integers(0, longest + 1, lead)
@@ -693,7 +695,7 @@ def random_problem(rng, **fixed):
         return mask
 
     def bool_mask():
-        return rng.random(mask_shape()) < 0.7
+        return np.asarray(rng.random(mask_shape()) < 0.7)
 
     def window():
         return tuple(None if rng.random() < 0.3 else int(rng.integers(0, 1 + n)) for n in (Lq, Lk))

@@ -13,8 +13,9 @@ def set_num_threads(n: int | None) -> None:
     ----------
     n : int >= 1, or None
         None goes back to OpenMP's own maximum, asked at each call, so that OMP_NUM_THREADS and
-        threadpoolctl work. In any case no more threads are used than the process may run on (its
-        affinity, its container's quota) or than there is work for.
+        threadpoolctl work, but not more than the process's affinity and its container's quota
+        allow. A number given here, or to a call, is taken as it is, though no call starts more
+        threads than it has work for.
 
     Raises
     ------

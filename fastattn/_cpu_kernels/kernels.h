@@ -45,14 +45,14 @@ typedef struct {
 // The online softmax of a panel. All are lanes.
 typedef struct {
     void *row_max;    // largest score so far, -inf at first
-    void *row_sum;    // sum of exp(score - row_max) so far
+    void *row_sum;    // sum of exp(score - row_max) so far, and what its rounding has lost
+    void *row_lost;
     void *alpha;      // out: what the row's earlier sums are to be multiplied by
     const void *tile_max;
 } fa_softmax_state;
 
-enum { FA_FIRST, FA_SAME, FA_RESCALE };  // O = c, O = O + c, O = alpha O + c
-
-// C[rows][cols] (+)= A[rows][depth] B[depth][cols], strides in units (C's in reals).
+// C[rows][cols] += A[rows][depth] B[depth][cols], after C's rows were multiplied by alpha where
+// it is given; strides in units (C's and alpha's in reals).
 typedef struct {
     void *c;
     ptrdiff_t ldc;
@@ -61,8 +61,7 @@ typedef struct {
     const void *b;
     ptrdiff_t ldb;
     int32_t rows, cols, depth;  // depth in units; cols a multiple of the vector
-    int32_t mode;               // FA_FIRST, FA_SAME, FA_RESCALE
-    const void *alpha;          // reals, one a row, for FA_RESCALE
+    const void *alpha;          // one a row, or NULL
     const int32_t *row_depth;   // depth of each row (the rest is excluded), or NULL
 } fa_product;
 
@@ -113,21 +112,22 @@ typedef struct {
     void (*adjust)(void *s, int panel, int keys, const fa_adjust *how);
     // Excluded scores become -inf; tile_max is taken again.
     void (*exclude)(void *s, int panel, int keys, const uint32_t *keep, void *tile_max);
-    // s -> p = exp(scale (s - row_max)), times z under dropout; returns the mode for O.
+    // s -> p = exp(scale (s - row_max)), times z under dropout; returns whether a row_max moved.
     int (*softmax)(void *p, void *s, int panel, int keys, double scale, const fa_softmax_state *st,
                    const uint32_t *drop, double drop_scale);
     void (*accumulate)(const fa_product *x);
     // The same bits where all is finite, but an excluded pair's right operand is not read.
     void (*accumulate_selected)(const fa_product *x, const fa_selection *which);
     int (*all_finite)(const void *b, ptrdiff_t ld, int rows, int cols);
-    void (*backward_tile)(const fa_backward_tile *x, int panel, int keys);
+    // Returns whether a score was -inf: such a pair is excluded too, though keep does not say so.
+    int (*backward_tile)(const fa_backward_tile *x, int panel, int keys);
     // sum[i] += x[i]
     void (*add_tile)(void *sum, const void *x, int64_t n);
     // sum[lane] += sum over the keys of t |centre - key|
     void (*add_distances)(void *sum, const void *t, int panel, int keys, const void *centre);
 
-    // Clears the bits of pairs that are excluded by a tile of additive mask / a bool mask.
-    void (*keep_above_neg_inf)(uint32_t *keep, const void *add, int panel, int keys);
+    // Clears the bits of pairs where a tile (scores, an additive mask) is -inf / a bool mask is False.
+    void (*keep_above_neg_inf)(uint32_t *keep, const void *tile, int panel, int keys);
     void (*keep_true)(uint32_t *keep, const fa_rows *mask);
     // Dropout's decisions for keys [key0, key0 + keys), key0 % 4 == 0.
     void (*dropout)(uint32_t *bits, int panel, int keys, int64_t key0, const uint32_t *row,
@@ -155,6 +155,10 @@ static inline void fa_publish(int64_t *progress, int64_t value) {
     __atomic_store_n(progress, value, __ATOMIC_RELEASE);
 }
 void fa_wait_above(const int64_t *progress, int64_t value);
+// The next item of a list that several threads work off, in order.
+static inline int64_t fa_next(int64_t *following) {
+    return __atomic_fetch_add(following, 1, __ATOMIC_RELAXED);
+}
 
 // Whether a forked child can use OpenMP's threads. LLVM's runtime starts new ones; GCC's waits
 // for the old.

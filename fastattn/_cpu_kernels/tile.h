@@ -301,10 +301,10 @@ typedef void accumulate_fn(const fa_product *x, int row, int col, int depth);
         product(MR, NR, c, (const unit *)x->a + row * x->a_row, x->a_row, x->a_depth,            \
                 (const unit *)x->b + col, x->ldb, depth);                                        \
         real *out = (real *)x->c + row * x->ldc + col;                                           \
-        if (x->mode == FA_SAME)                                                                  \
+        if (!x->alpha)                                                                           \
             UNROLL for (int i = 0; i < MR * NR; i++)                                             \
                 c[i] += v_loadu(out + (i / NR) * x->ldc + (i % NR) * V_LANES);                   \
-        else if (x->mode == FA_RESCALE)                                                          \
+        else                                                                                     \
             UNROLL for (int i = 0; i < MR * NR; i++)                                             \
                 c[i] += v_set1(((const real *)x->alpha)[row + i / NR]) *                         \
                         v_loadu(out + (i / NR) * x->ldc + (i % NR) * V_LANES);                   \
@@ -439,10 +439,14 @@ INLINE vr dropped(vr p, const uint32_t *drop, int key, int lane, vr drop_scale) 
     return drop ? p * v_select(v_mask(drop[key] >> lane), drop_scale, (vr){}) : p;
 }
 
+// Sums are taken in runs of this many keys (a divisor of every tile), and the runs' sums added:
+// rounding errors grow with the length of a chain, and are all of one sign where scores are alike.
+#define RUN 16
+
 static int softmax(void *p_, void *s_, int panel, int keys, double scale, const fa_softmax_state *st,
                    const uint32_t *drop, double drop_scale_) {
     const real *s = s_;
-    real *row_max = st->row_max, *row_sum = st->row_sum;
+    real *row_max = st->row_max, *row_sum = st->row_sum, *row_lost = st->row_lost;
     vr c = v_set1((real)(scale * LOG2E)), drop_scale = v_set1((real)drop_scale_);
     uint32_t moved = 0;
     for (int lane = 0; lane < panel; lane += V_LANES) {
@@ -450,57 +454,63 @@ static int softmax(void *p_, void *s_, int panel, int keys, double scale, const 
         vr top = v_max(old, v_load((const real *)st->tile_max + lane));
         // Nothing but -inf yet: any finite reference gives exp(-inf) = 0, not exp(-inf + inf).
         vr ref = v_select(top == v_set1(-INFINITY), (vr){}, top);
-        vr alpha = v_exp2((old - ref) * c), sum = {};
+        vr alpha = v_exp2(old - ref, c), sum = {};
         moved |= v_bits(top > old);
         v_store((real *)st->alpha + lane, alpha);
         v_store(row_max + lane, top);
+        for (int run = 0; run < keys; run += RUN) {
+            int end = run + RUN < keys ? run + RUN : keys;
+            vr part = {};
+            for (int key = run; key < end; key += PAIR) {
+                vr p[PAIR];
+                for (int half = 0; half < PAIR; half++) {
+                    int j = key + half;
+                    p[half] = (vr){};
+                    if (j >= keys) continue;
+                    p[half] = v_exp2(v_load(s + (ptrdiff_t)j * panel + lane) - ref, c);
+                    part += p[half];
+                    p[half] = dropped(p[half], drop, j, lane, drop_scale);
+                }
 #ifdef FA_BF16_PAIRS
-        for (int key = 0; key < keys; key += 2) {
-            vr even = v_exp2((v_load(s + (ptrdiff_t)key * panel + lane) - ref) * c), odd = {};
-            if (key + 1 < keys) odd = v_exp2((v_load(s + (ptrdiff_t)(key + 1) * panel + lane) - ref) * c);
-            sum += even + odd;
-            even = dropped(even, drop, key, lane, drop_scale);
-            if (key + 1 < keys) odd = dropped(odd, drop, key + 1, lane, drop_scale);
-            _mm512_store_si512((unit *)p_ + (ptrdiff_t)(key / 2) * panel + lane, u_pairs(even, odd));
-        }
+                _mm512_store_si512((unit *)p_ + (ptrdiff_t)(key / 2) * panel + lane, u_pairs(p[0], p[1]));
 #else
-        for (int key = 0; key < keys; key++) {
-            vr p = v_exp2((v_load(s + (ptrdiff_t)key * panel + lane) - ref) * c);
-            sum += p;
-            v_store((real *)p_ + (ptrdiff_t)key * panel + lane, dropped(p, drop, key, lane, drop_scale));
-        }
+                v_store((real *)p_ + (ptrdiff_t)key * panel + lane, p[0]);
 #endif
-        v_store(row_sum + lane, v_load(row_sum + lane) * alpha + sum);
+            }
+            sum += part;
+        }
+        vr before = v_load(row_sum + lane), total = before * alpha + sum;
+        v_store(row_sum + lane, total);
+        v_store(row_lost + lane, v_load(row_lost + lane) * alpha + (sum - (total - before * alpha)));
     }
-    return moved ? FA_RESCALE : FA_SAME;
+    return moved != 0;
 }
 
-static void backward_tile(const fa_backward_tile *x, int panel, int keys) {
+static int backward_tile(const fa_backward_tile *x, int panel, int keys) {
     const real *s = x->s, *gain = x->gain;
     real *dp = x->dp;
     vr scale = v_set1((real)x->scale), drop_scale = v_set1((real)x->drop_scale), log2e = v_set1((real)LOG2E);
+    vi any_lost = {};
     for (int lane = 0; lane < panel; lane += V_LANES) {
         vr lse = v_load((const real *)x->lse + lane), shift = v_load((const real *)x->shift + lane);
-        for (int key = 0; key < keys + keys % PAIR; key += PAIR) {
+        for (int key = 0; key < keys; key += PAIR) {
             vr p[PAIR], ds[PAIR];
             for (int half = 0; half < PAIR; half++) {
                 int j = key + half;
                 ptrdiff_t at = (ptrdiff_t)j * panel + lane;
                 p[half] = ds[half] = (vr){};
                 if (j >= keys) continue;
+                vr score = v_load(s + at);
+                vi lost = score == v_set1(-INFINITY);
+                any_lost |= lost;
+                if (x->keep) lost |= ~v_mask(x->keep[j] >> lane);
                 // lse may be rounded so coarsely that s exceeds it; p is a probability still.
-                p[half] = v_exp2(v_min((vr){}, (v_load(s + at) * scale - lse) * log2e));
-                vr z_dp = dropped(v_load(dp + at), x->drop, j, lane, drop_scale);
-                vr t = p[half] * (z_dp - shift);
-                if (x->keep) {
-                    vi kept = v_mask(x->keep[j] >> lane);
-                    p[half] = v_select(kept, p[half], (vr){});
-                    t = v_select(kept, t, (vr){});
-                }
+                vr prob = v_exp2(v_min((vr){}, score * scale - lse), log2e);
+                vr t = prob * (dropped(v_load(dp + at), x->drop, j, lane, drop_scale) - shift);
+                t = v_select(lost, (vr){}, t);
                 v_store(dp + at, t);
-                ds[half] = gain ? t * v_load(gain + at) : t;
-                if (gain && x->keep) ds[half] = v_select(v_mask(x->keep[j] >> lane), ds[half], (vr){});
-                p[half] = dropped(p[half], x->drop, j, lane, drop_scale);
+                ds[half] = gain ? v_select(lost, (vr){}, t * v_load(gain + at)) : t;
+                p[half] = dropped(v_select(lost, (vr){}, prob), x->drop, j, lane, drop_scale);
 #ifdef FA_BF16_PAIRS
                 _mm256_storeu_si256((void *)((uint16_t *)x->p + (2 * x->ld * j + lane)),
                                     (__m256i)_mm512_cvtneps_pbh((__m512)p[half]));
@@ -517,6 +527,7 @@ static void backward_tile(const fa_backward_tile *x, int panel, int keys) {
 #endif
         }
     }
+    return v_bits(any_lost) != 0;
 }
 
 static void add_tile(void *sum_, const void *x_, int64_t n) {
@@ -538,11 +549,11 @@ static void add_distances(void *sum_, const void *t_, int panel, int keys, const
 
 // ---- which pairs take part -------------------------------------------------------------------
 
-static void keep_above_neg_inf(uint32_t *keep, const void *add_, int panel, int keys) {
-    const real *add = add_;
+static void keep_above_neg_inf(uint32_t *keep, const void *tile_, int panel, int keys) {
+    const real *tile = tile_;
     for (int key = 0; key < keys; key++)
         for (int lane = 0; lane < panel; lane += V_LANES)
-            keep[key] &= ~(v_bits(v_load(add + (ptrdiff_t)key * panel + lane) == v_set1(-INFINITY)) << lane);
+            keep[key] &= ~(v_bits(v_load(tile + (ptrdiff_t)key * panel + lane) == v_set1(-INFINITY)) << lane);
 }
 
 static void keep_true(uint32_t *keep, const fa_rows *mask) {

@@ -160,10 +160,9 @@ INLINE void v_transpose(vr r[V_LANES]) {
     }
 }
 
-// Powers of two. x = n + f with n an integer and |f| <= 1/2; 2^f = 1 + f q(f), q a minimax
-// polynomial of the relative error (found by Remez exchange in 200-bit arithmetic):
-//     float   2^f         degree 5   9.1e-8      float   2^f - 1   degree 6   1.1e-8
-//     double  both        degree 11  1.8e-17
+// Powers of two. x = n + f with n an integer and |f| <= 1/2; 2^f = 1 + f q(f), q the polynomial
+// that minimises the relative error of 2^f - 1 (Remez exchange in 200-bit arithmetic): 1.1e-8 for
+// float, 1.8e-17 for double.
 #define HORNER_BEGIN(c) vr q = v_set1((real)(c))
 #define HORNER(c) q = q * f + v_set1((real)(c))
 INLINE vr v_pow2_poly(vr f) {
@@ -180,26 +179,14 @@ INLINE vr v_pow2_poly(vr f) {
     HORNER(0x1.ebfbdff82c598p-3);
     HORNER(0x1.62e42fefa39efp-1);
 #else
-    HORNER_BEGIN(0x1.5bba14p-10);
-    HORNER(0x1.3cea88p-7);
-    HORNER(0x1.c6b752p-5);
-    HORNER(0x1.ebf9bcp-3);
-    HORNER(0x1.62e42ap-1);
-#endif
-    return q;
-}
-INLINE vr v_pow2m1_poly(vr f) {
-#ifdef FA_DOUBLE
-    return v_pow2_poly(f);
-#else
     HORNER_BEGIN(0x1.4308fap-13);
     HORNER(0x1.5f07b4p-10);
     HORNER(0x1.3b2ba0p-7);
     HORNER(0x1.c6af6ep-5);
     HORNER(0x1.ebfbdep-3);
     HORNER(0x1.62e430p-1);
-    return q;
 #endif
+    return q;
 }
 
 #ifdef FA_DOUBLE
@@ -217,18 +204,19 @@ INLINE vr v_round_pow2(vr x, vr *pow2) {
     *pow2 = (vr)(((vi)t + V_BIAS) << V_MANTISSA);
     return t - v_set1(V_MAGIC);
 }
-// 2^x for x <= 0, exactly 1 at 0 and exactly 0 at -inf; NaN comes through.
-INLINE vr v_exp2(vr x) {
+// 2^(c x) for c x <= 0, c > 0: exactly 1 at 0 and exactly 0 at -inf; NaN comes through. f is taken
+// from x itself, so that the rounding of c x does not count.
+INLINE vr v_exp2(vr x, vr c) {
 #if defined(__AVX512F__)
-    vr n = (vr)V_X86(roundscale)((v_x86)x, 0x08);
-    vr f = x - n;
-    vr p = f * v_pow2_poly(f) + v_set1(1);
+    vr n = (vr)V_X86(roundscale)((v_x86)(x * c), 0x08);
+    vr f = x * c - n;
     // At x = -inf both f and p are NaN, and scalef(NaN, -inf) is defined as 0.
+    vr p = f * v_pow2_poly(f) + v_set1(1);
     return (vr)V_X86(scalef)((v_x86)p, (v_x86)n);
 #else
     vr pow2;
-    x = v_max(v_set1(-V_BIAS), x);
-    vr f = x - v_round_pow2(x, &pow2);
+    x = v_max(v_set1(-V_BIAS) / c, x);
+    vr n = v_round_pow2(x * c, &pow2), f = x * c - n;
     return (f * v_pow2_poly(f) + v_set1(1)) * pow2;
 #endif
 }
@@ -236,7 +224,7 @@ INLINE vr v_exp2(vr x) {
 INLINE vr v_tanh(vr x) {
     vr pow2, y = v_min(v_set1(64), v_abs(x) * v_set1((real)2.885390081777926814720));
     vr f = y - v_round_pow2(y, &pow2);
-    vr e = (pow2 - v_set1(1)) + pow2 * (f * v_pow2m1_poly(f));
+    vr e = (pow2 - v_set1(1)) + pow2 * (f * v_pow2_poly(f));
     vr t = e / (e + v_set1(2));
     return (vr)((vu)t | ((vu)x ^ (vu)v_abs(x)));
 }

@@ -1,0 +1,399 @@
+# The backward: P and dS of a tile again from lse, five products; dbias in a pass of its own.
+
+# A block of rows of one head, ready for its tiles: lanes and rows of q and dout, lse, D - dlse.
+cdef void load_backward_block(const Job *job, Workspace *ws, int64_t b, int64_t head, int64_t i0) noexcept nogil:
+    cdef const fa_kernels *kr = job.kernels
+    cdef int n = <int> min(job.Br, job.Lq - i0), r
+    cdef int64_t i, row
+    cdef double lse, delta, dlse
+    cdef char *dout
+    cdef char *out
+    cdef fa_rows rows
+    set_rows(job, ws, b, head, 1, i0, n)
+    ws.first_key = job.Lk
+    ws.end_key = 0
+    for r in range(ws.panels * job.panel):
+        lse = INFINITY
+        delta = dlse = 0
+        i = i0 + r
+        if r < n and (job.q_lens == NULL or i < job.q_lens[b]):
+            lse = real_at(job, at(job, &job.lse, b, head) + i * job.lse.row)
+        if lse == -INFINITY:
+            lse = INFINITY
+            ws.key_from[r] = ws.key_to[r] = 0
+        elif r < n and (job.q_lens == NULL or i < job.q_lens[b]):
+            dout = at(job, &job.dout, b, head) + i * job.dout.row
+            out = at(job, &job.out, b, head) + i * job.out.row
+            delta = kr.dot(dout, job.dout.col, job.dout.dtype, out, job.out.col, job.out.dtype, job.Dv)
+            if job.dlse.dtype != FA_NONE:
+                dlse = real_at(job, at(job, &job.dlse, b, head) + i * job.dlse.row)
+            if job.dsink_rows != NULL:
+                row = (head * job.batch + b) * job.Lq + i
+                job.dsink_rows[row] = exp(get(kr, job.sinks, head) - lse) * (dlse - delta)
+        put(kr, ws.lse, r, lse)
+        put(kr, ws.shift, r, delta - dlse)
+        if ws.key_to[r] > ws.key_from[r]:
+            ws.first_key = min(ws.first_key, ws.key_from[r])
+            ws.end_key = max(ws.end_key, ws.key_to[r])
+    pack_query_lanes(job, ws, &job.q, ws.q_lanes, job.D, job.D_units, job.negate)
+    pack_query_lanes(job, ws, &job.dout, ws.do_lanes, job.Dv, job.Dv_units, False)
+    memset(ws.dslope, 0, ws.panels * job.panel * kr.real_bytes)
+
+cdef inline double real_at(const Job *job, const char *p) noexcept nogil:
+    cdef double wide
+    cdef float narrow
+    if job.kernels.real_bytes == 8:
+        memcpy(&wide, p, 8)
+        return wide
+    memcpy(&narrow, p, 4)
+    return narrow
+
+# P and dS of panel p for the tile [k0, k1), into ws.p, ws.ds (and t into ws.dp): zeros where a
+# pair is excluded. ws.keep gets the panel's pairs. Returns the panel's state over the tile.
+cdef int backward_panel(const Job *job, Workspace *ws, int p, char *k_base, char *v_base, int64_t k0,
+                        int64_t k1, int64_t *low, int64_t *high) noexcept nogil:
+    cdef const fa_kernels *kr = job.kernels
+    cdef uint32_t *keep = ws.keep + <ptrdiff_t> p * job.Bc
+    cdef int rows = min(job.panel, ws.rows - p * job.panel), state = EMPTY, n = 0, j
+    cdef fa_backward_tile x
+    cdef ptrdiff_t lanes = <ptrdiff_t> ceil_div(job.Br, job.panel) * job.panel
+    if panel_keys(job, ws, p, k0, k1, low, high):
+        n = <int> (high[0] - low[0])
+        state = tile_mask(job, ws, p, low[0], n, keep + (low[0] - k0))
+    if state == EMPTY:
+        low[0] = high[0] = k0
+        n = 0
+    if state == FULL:  # lanes past the last row are excluded too
+        for j in range(n):
+            keep[low[0] - k0 + j] = <uint32_t> ((<uint64_t> 1 << rows) - 1)
+    memset(keep, 0, (low[0] - k0) * sizeof(uint32_t))
+    memset(keep + (high[0] - k0), 0, (k1 - high[0]) * sizeof(uint32_t))
+    clear_keys(job, ws, p, lanes, 0, <int> (low[0] - k0))
+    clear_keys(job, ws, p, lanes, <int> (high[0] - k0), <int> (k1 - k0))
+    if state == EMPTY:
+        return EMPTY
+
+    load_left(job, ws, &job.k, k_base, k0, k1, job.D, key_ld(job), job.k_in_place,
+              ws.k_tile, &ws.k_left, &ws.ldk)
+    load_left(job, ws, &job.v, v_base, k0, k1, job.Dv, job.Dv_units, job.v_in_place, ws.v_tile,
+              &ws.v_left, &ws.ldv)
+    kr.scores(ws.s, job.panel, units(job, ws.k_left, (low[0] - k0) * ws.ldk), ws.ldk,
+              units(job, ws.q_lanes, <ptrdiff_t> p * job.panel * job.D_units), n, job.D_units, ws.tile_max)
+    if job.adjusted:
+        adjust_tile(job, ws, p, low[0], n, ws.gain)
+    kr.scores(ws.dp, job.panel, units(job, ws.v_left, (low[0] - k0) * ws.ldv), ws.ldv,
+              units(job, ws.do_lanes, <ptrdiff_t> p * job.panel * job.Dv_units), n, job.Dv_units, ws.tile_max)
+    x.s = ws.s
+    x.dp = ws.dp
+    x.keep = keep + (low[0] - k0) if state == PARTIAL or rows < job.panel else NULL
+    x.drop = draw_dropout(job, ws, p, low[0], n)
+    x.scale = 1 if job.adjusted else job.scale
+    x.drop_scale = job.drop_scale
+    x.lse = reals(job, ws.lse, p * job.panel)
+    x.shift = reals(job, ws.shift, p * job.panel)
+    x.gain = ws.gain if job.softcap != 0 else NULL
+    x.ld = lanes // kr.pair
+    x.p = units(job, ws.p, (low[0] - k0) * x.ld + p * job.panel // kr.pair)
+    x.ds = units(job, ws.ds, (low[0] - k0) * x.ld + p * job.panel // kr.pair)
+    x.ds_keys = units(job, ws.ds_keys, (low[0] - k0) // 2 * lanes + p * job.panel)
+    if kr.backward_tile(&x, job.panel, n):
+        kr.keep_above_neg_inf(keep + (low[0] - k0), ws.s, job.panel, n)
+        state = PARTIAL
+    return FULL if state == FULL and low[0] == k0 and high[0] == k1 else PARTIAL
+
+# Zeros for panel p in keys [j0, j1) of the tile.
+cdef void clear_keys(const Job *job, Workspace *ws, int p, ptrdiff_t lanes, int j0, int j1) noexcept nogil:
+    cdef const fa_kernels *kr = job.kernels
+    cdef ptrdiff_t ld = lanes // kr.pair, first = p * job.panel // kr.pair, size = job.panel // kr.pair * kr.unit_bytes
+    cdef int j
+    for j in range(j0, j1):
+        memset(units(job, ws.p, j * ld + first), 0, size)
+        memset(units(job, ws.ds, j * ld + first), 0, size)
+    if kr.pair == 2:
+        for j in range(ceil_div(j0, 2), ceil_div(j1, 2)):
+            memset(units(job, ws.ds_keys, j * lanes + p * job.panel), 0, job.panel * kr.unit_bytes)
+
+# One block of rows: its dq, its rows of dsinks and dalibi_slopes, and its share of dk and dv, which
+# is added to a tile once the block before has passed it (before NULL: nobody shares them).
+cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int64_t block, void *dk,
+                         void *dv, const int64_t *before, int64_t *passed) noexcept nogil:
+    cdef const fa_kernels *kr = job.kernels
+    cdef int64_t b = batch_head // job.Hkv, kv_head = batch_head % job.Hkv
+    cdef int64_t per_head = job.blocks // job.group, head = kv_head * job.group + block // per_head
+    cdef int64_t i0 = block % per_head * job.Br, k0, k1, low, high, first, end
+    cdef int p, r, state, rows_finite = -1
+    cdef bint ragged
+    cdef ptrdiff_t lanes = <ptrdiff_t> ceil_div(job.Br, job.panel) * job.panel, ldk_right = 0
+    cdef char *k_base = at(job, &job.k, b, kv_head)
+    cdef char *v_base = at(job, &job.v, b, kv_head)
+    cdef const void *k_right
+    cdef fa_rows rows
+    cdef fa_product x
+    cdef fa_selection which
+
+    load_backward_block(job, ws, b, head, i0)
+    memset(ws.o, 0, <size_t> ws.rows * job.D_cols * kr.real_bytes)
+    rows = block_rows(job, ws, &job.q, 0, ws.rows, 0, job.D, False)
+    kr.pack_right(ws.q_right, job.D_cols, &rows)
+    rows = block_rows(job, ws, &job.dout, 0, ws.rows, 0, job.Dv, False)
+    kr.pack_right(ws.do_right, job.Dv_cols, &rows)
+
+    k0 = ws.first_key // job.Bc * job.Bc
+    while k0 < ws.end_key:
+        k1 = min(k0 + job.Bc, ws.end_key)
+        ws.k_left = ws.v_left = k_right = NULL
+        first = k1
+        end = k0
+        ragged = False
+        for p in range(ws.panels):
+            state = backward_panel(job, ws, p, k_base, v_base, k0, k1, &low, &high)
+            ragged |= state != FULL
+            if state != EMPTY:
+                first = min(first, low)
+                end = max(end, high)
+                if job.dslope_rows != NULL:
+                    kr.add_distances(reals(job, ws.dslope, p * job.panel), ws.dp, job.panel,
+                                     <int> (high - low), ws.centre)
+        if before != NULL:
+            fa_wait_above(before, k0)
+        if first < end:
+            memset(&x, 0, sizeof(x))
+            which.keep = ws.keep + (first - k0)
+            which.ld = job.Bc
+            which.keys = <int> (end - first)
+            which.panel = job.panel
+            which.scratch = ws.scratch
+            which.rows_are_keys = True
+            x.a_row = lanes // kr.pair
+            x.a_depth = 1
+            x.rows = <int> (end - first)
+            x.depth = ceil_div(ws.rows, kr.pair)
+            if job.dv.dtype != FA_NONE:
+                x.a = units(job, ws.p, (first - k0) * x.a_row)
+                x.c = reals(job, dv, first * job.Dv_cols)
+                x.b = ws.do_right
+                x.ldc = x.ldb = x.cols = job.Dv_cols
+                multiply(job, &x, &which, ragged and not rows_all_finite(job, ws, &rows_finite))
+            if job.dk.dtype != FA_NONE:
+                x.a = units(job, ws.ds, (first - k0) * x.a_row)
+                x.c = reals(job, dk, first * job.D_cols)
+                x.b = ws.q_right
+                x.ldc = x.ldb = x.cols = job.D_cols
+                multiply(job, &x, &which, ragged and not rows_all_finite(job, ws, &rows_finite))
+            if passed != NULL:
+                fa_publish(passed, k1)
+            if job.dq.dtype != FA_NONE:
+                if kr.pair == 1 and (not job.k_in_place or job.D == job.D_cols):
+                    k_right = ws.k_left
+                    ldk_right = ws.ldk
+                else:
+                    load_right(job, ws, &job.k, k_base, k0, k1, job.D, job.D_cols, False, ws.k_right,
+                               &k_right, &ldk_right)
+                which.rows_are_keys = False
+                x.a = units(job, ws.ds if kr.pair == 1 else ws.ds_keys, (first - k0) // kr.pair * lanes)
+                x.a_row = 1
+                x.a_depth = lanes
+                x.rows = ws.rows
+                x.depth = ceil_div(end - first, kr.pair)
+                x.c = ws.o
+                x.b = units(job, k_right, (first - k0) // kr.pair * ldk_right)
+                x.ldb = ldk_right
+                x.ldc = x.cols = job.D_cols
+                multiply(job, &x, &which, ragged and not kr.all_finite(
+                    k_right, ldk_right, ceil_div(k1 - k0, kr.pair), job.D_cols))
+        elif passed != NULL:
+            fa_publish(passed, k1)
+        k0 += job.Bc
+    if before != NULL:
+        fa_wait_above(before, job.Lk)
+    if passed != NULL:
+        fa_publish(passed, job.Lk + 1)
+
+    for r in range(ws.rows):
+        if job.dq.dtype != FA_NONE:
+            kr.store_row(at(job, &job.dq, b, head) + (i0 + r) * job.dq.row, job.dq.col, job.dq.dtype,
+                         reals(job, ws.o, <ptrdiff_t> r * job.D_cols), job.D, -job.scale if job.negate else job.scale)
+        if job.dslope_rows != NULL:
+            job.dslope_rows[(head * job.batch + b) * job.Lq + i0 + r] = -get(kr, ws.dslope, r)
+
+cdef inline bint rows_all_finite(const Job *job, Workspace *ws, int *known) noexcept nogil:
+    cdef int pairs = ceil_div(ws.rows, job.kernels.pair)
+    if known[0] < 0:
+        known[0] = (job.kernels.all_finite(ws.q_right, job.D_cols, pairs, job.D_cols)
+                    and job.kernels.all_finite(ws.do_right, job.Dv_cols, pairs, job.Dv_cols))
+    return known[0]
+
+cdef inline void multiply(const Job *job, const fa_product *x, const fa_selection *which, bint select) noexcept nogil:
+    if select:
+        job.kernels.accumulate_selected(x, which)
+    else:
+        job.kernels.accumulate(x)
+
+# dk, dv of one kv head, from their sums in reals.
+cdef void store_dkv(const Job *job, int64_t batch_head, const void *dk, const void *dv, int64_t j0,
+                    int64_t j1) noexcept nogil:
+    cdef const fa_kernels *kr = job.kernels
+    cdef int64_t b = batch_head // job.Hkv, kv_head = batch_head % job.Hkv, j
+    for j in range(j0, j1):
+        if job.dk.dtype != FA_NONE:
+            kr.store_row(at(job, &job.dk, b, kv_head) + j * job.dk.row, job.dk.col, job.dk.dtype,
+                         reals(job, dk, j * job.D_cols), job.D, -job.scale if job.negate else job.scale)
+        if job.dv.dtype != FA_NONE:
+            kr.store_row(at(job, &job.dv, b, kv_head) + j * job.dv.row, job.dv.col, job.dv.dtype,
+                         reals(job, dv, j * job.Dv_cols), job.Dv, 1)
+
+
+cdef struct Sums:              # of dk and dv, in reals, and how far each block of rows has come
+    char *dk
+    char *dv
+    int64_t head
+    int64_t *passed
+
+cdef void backward_heads(const Job *job, int threads) except *:
+    """All gradients but dbias. Each thread takes whole heads while there are enough for all; the
+    heads left over are shared."""
+    cdef const fa_kernels *kr = job.kernels
+    cdef int64_t heads = job.batch * job.Hkv, alone
+    cdef double dk_bytes = <double> job.Lk * job.D_cols * kr.real_bytes * (job.dk.dtype != FA_NONE)
+    cdef double dv_bytes = <double> job.Lk * job.Dv_cols * kr.real_bytes * (job.dv.dtype != FA_NONE)
+    cdef int team = team_size(job, threads, heads * max(1, job.blocks))
+    cdef char *memory = NULL
+    cdef void *passed = NULL
+    cdef Workspace *spaces
+    cdef Sums sums
+    if heads == 0:
+        return
+    alone = heads // team * team
+    spaces = make_workspaces(job, team, dk_bytes + dv_bytes, &memory)
+    if posix_memalign(&passed, 64, (job.blocks + 1) * sizeof(int64_t)) != 0:
+        free(memory)
+        raise MemoryError(f"no memory for the progress of {job.blocks} blocks")
+    with nogil:
+        run(job, spaces, team, alone, backward_head, NULL)
+        sums.dk = spaces[0].own
+        sums.dv = values_sums(job, sums.dk)
+        sums.passed = <int64_t *> passed
+        for sums.head in range(alone, heads):
+            memset(passed, 0xff, (job.blocks + 1) * sizeof(int64_t))  # -1: at no key yet
+            sums.passed[0] = job.Lk + 1
+            memset(sums.dk, 0, <size_t> (dk_bytes + dv_bytes))
+            run(job, spaces, team, job.blocks, backward_shared_block, &sums)
+            run(job, spaces, team, ceil_div(job.Lk, job.Bc), store_shared_keys, &sums)
+        free(passed)
+        free(memory)
+
+# The sums of dv lie behind those of dk, if dk is wanted.
+cdef inline char *values_sums(const Job *job, char *dk) noexcept nogil:
+    return <char *> reals(job, dk, job.Lk * job.D_cols) if job.dk.dtype != FA_NONE else dk
+
+cdef void backward_head(const Job *job, Workspace *ws, int64_t head, const void *more) noexcept nogil:
+    cdef char *dk = ws.own
+    cdef char *dv = values_sums(job, dk)
+    cdef int64_t block
+    if job.dk.dtype != FA_NONE:
+        memset(dk, 0, job.Lk * job.D_cols * job.kernels.real_bytes)
+    if job.dv.dtype != FA_NONE:
+        memset(dv, 0, job.Lk * job.Dv_cols * job.kernels.real_bytes)
+    for block in range(job.blocks):
+        backward_block(job, ws, head, block, dk, dv, NULL, NULL)
+    store_dkv(job, head, dk, dv, 0, job.Lk)
+
+cdef void backward_shared_block(const Job *job, Workspace *ws, int64_t block, const void *sums_) noexcept nogil:
+    cdef const Sums *sums = <const Sums *> sums_
+    backward_block(job, ws, sums.head, block, sums.dk, sums.dv, sums.passed + block, sums.passed + block + 1)
+
+cdef void store_shared_keys(const Job *job, Workspace *ws, int64_t tile, const void *sums_) noexcept nogil:
+    cdef const Sums *sums = <const Sums *> sums_
+    store_dkv(job, sums.head, sums.dk, sums.dv, tile * job.Bc, min(job.Lk, (tile + 1) * job.Bc))
+
+
+# ---- dbias ----------------------------------------------------------------------------------------
+
+cdef struct BiasTasks:
+    const int64_t *owners      # (b, head) pairs, as b * Hq + head, that own elements of dbias
+    int64_t rows, keys         # tasks along the axis
+    int64_t row_span, key_span
+
+# dbias for the elements on which a block of rows and a tile of keys of one head fall, over everything
+# that is broadcast onto them: other batch entries and heads, and where the bias has one row (one
+# column), all rows (keys). Each task owns its elements, so the order of its sum is fixed.
+cdef void bias_task(const Job *job, Workspace *ws, int64_t task, const void *tasks_) noexcept nogil:
+    cdef const fa_kernels *kr = job.kernels
+    cdef const BiasTasks *tasks = <const BiasTasks *> tasks_
+    cdef int64_t owner = tasks.owners[task // (tasks.rows * tasks.keys)]
+    cdef int64_t i0 = task // tasks.keys % tasks.rows * tasks.row_span, k_start = task % tasks.keys * tasks.key_span
+    cdef int64_t i1 = min(job.Lq, i0 + tasks.row_span), k_end = min(job.Lk, k_start + tasks.key_span)
+    cdef char *target = at(job, &job.dbias, owner // job.Hq, owner % job.Hq)
+    cdef int64_t b, head, i, k0, k1, low, high
+    cdef int p, state, rows = 0, keys = 0, r, j
+    cdef ptrdiff_t tile = <ptrdiff_t> job.Bc * job.panel
+    cdef bint one_row = job.dbias.row == 0, one_key = job.dbias.col == 0
+    cdef double total
+    cdef char *k_base
+    cdef char *v_base
+    memset(ws.dbias, 0, ceil_div(job.Br, job.panel) * tile * kr.real_bytes)
+    for b in range(job.batch):
+        for head in range(job.Hq):
+            if at(job, &job.dbias, b, head) != target:
+                continue
+            k_base = at(job, &job.k, b, head // job.group)
+            v_base = at(job, &job.v, b, head // job.group)
+            i = i0
+            while i < i1:
+                load_backward_block(job, ws, b, head, i)
+                rows = max(rows, ws.rows)
+                k0 = k_start
+                while k0 < k_end:
+                    k1 = min(k0 + job.Bc, job.Lk)
+                    keys = max(keys, <int> (k1 - k0))
+                    ws.k_left = ws.v_left = NULL
+                    for p in range(ws.panels):
+                        state = backward_panel(job, ws, p, k_base, v_base, k0, k1, &low, &high)
+                        if state != EMPTY:
+                            kr.add_tile(reals(job, ws.dbias, p * tile + (low - k0) * job.panel), ws.dp,
+                                        (high - low) * job.panel)
+                    k0 += job.Bc
+                i += job.Br
+    # Fold what falls on one element, then round once.
+    for r in range(1 if one_row else rows):
+        for j in range(1 if one_key else keys):
+            total = 0
+            fold(job, ws, r, rows if one_row else r + 1, j, keys if one_key else j + 1, &total)
+            put(kr, ws.tile_max, 0, total)
+            kr.store_row(target + (i0 + r) * job.dbias.row + (k_start + j) * job.dbias.col, 0,
+                         job.dbias.dtype, ws.tile_max, 1, 1)
+
+cdef inline void fold(const Job *job, Workspace *ws, int r0, int r1, int j0, int j1, double *total) noexcept nogil:
+    cdef int r, j
+    for r in range(r0, r1):
+        for j in range(j0, j1):
+            total[0] += get(job.kernels, ws.dbias, (<ptrdiff_t> (r // job.panel) * job.Bc + j) * job.panel
+                            + r % job.panel)
+
+
+cdef void backward_bias(const Job *job, int threads, axes) except *:
+    """dbias, a task for every tile of elements of its own; axes are (size, stride) of its leading
+    axes and heads."""
+    cdef char *memory = NULL
+    cdef Workspace *spaces
+    cdef BiasTasks tasks
+    cdef int64_t count
+    cdef int team
+    # Index 0 along every axis that is broadcast.
+    owners = numpy.zeros(1, numpy.int64)
+    for size, stride in axes:
+        steps = numpy.arange(size if stride != 0 else min(size, 1), dtype=numpy.int64)
+        owners = (owners[:, None] * size + steps).ravel()
+    tasks.owners = int64_data(owners)
+    tasks.rows = 1 if job.dbias.row == 0 else ceil_div(job.Lq, job.Br)
+    tasks.keys = 1 if job.dbias.col == 0 else ceil_div(job.Lk, job.Bc)
+    tasks.row_span = job.Lq if job.dbias.row == 0 else job.Br
+    tasks.key_span = job.Lk if job.dbias.col == 0 else job.Bc
+    count = len(owners) * tasks.rows * tasks.keys
+    if count == 0:
+        return
+    team = team_size(job, threads, count)
+    spaces = make_workspaces(job, team, 0, &memory)
+    with nogil:
+        run(job, spaces, team, count, bias_task, &tasks)
+        free(memory)

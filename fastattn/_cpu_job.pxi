@@ -1,0 +1,574 @@
+# One call as the threads see it: the Job, made from a Problem; a Workspace a thread; blocks of query
+# rows; and which pairs of a tile take part.
+
+# ---- the job: everything a thread needs to know, fixed for one call ------------------------------
+
+cdef enum:
+    MAX_LEAD = 64
+    EMPTY, PARTIAL, FULL
+    RUN = 16
+
+# An array of the problem: bytes between neighbours along (leading axes..., head, row, column).
+cdef struct Array:
+    char *data
+    int dtype
+    ptrdiff_t head, row, col
+    ptrdiff_t lead[MAX_LEAD]
+
+cdef struct Job:
+    const fa_kernels *kernels
+    int lead_dims
+    int64_t lead[MAX_LEAD]
+    int64_t batch, Hq, Hkv, group, Lq, Lk
+    int D, Dv                  # columns of q, k and of v, out
+    int D_units, D_cols, Dv_units, Dv_cols  # as summed axis, in units; as columns, whole vectors
+    Array q, k, v, out, lse, attn_mask, bias, q_segment_ids, kv_segment_ids
+    Array dout, dlse, dq, dk, dv, dbias
+    double scale, softcap      # the scale's magnitude; its sign is packed into the lanes of q
+    bint negate
+    bint adjusted              # scores are finished by `adjust`, else softmax applies the scale
+    bint bounded_left, bounded_right
+    int64_t left, right
+    const int64_t *offset
+    const int64_t *q_lens
+    const int64_t *kv_lens
+    const void *slopes
+    const void *sinks
+    uint64_t seed, threshold   # threshold 0: no dropout
+    double drop_scale
+    # How the rows are cut: a block is Br rows of one head, or `stack` whole heads of one group.
+    int Br, Bc, panel, stack
+    int64_t blocks             # of one kv head
+    bint k_in_place, v_in_place
+    # backward
+    bint is_backward
+    double *dsink_rows         # (Hq, batch, Lq) or NULL
+    double *dslope_rows
+
+# One thread's memory. Arrays over rows have an entry for every lane of the block's panels.
+cdef struct Workspace:
+    void *q_lanes
+    void *o                    # backward: dq
+    void *s
+    void *p
+    void *k_tile
+    void *v_tile
+    void *add[2]
+    void *scratch
+    uint32_t *keep
+    uint32_t *drop
+    int32_t *row_depth
+    void *row_max
+    void *row_sum
+    void *row_lost
+    void *alpha
+    void *tile_max
+    void *slope
+    void *centre
+    # backward
+    void *do_lanes
+    void *q_right
+    void *do_right
+    void *k_right
+    void *dp
+    void *gain
+    void *ds
+    void *ds_keys
+    void *lse
+    void *shift
+    void *dslope
+    void *dbias
+    # rows of the block at hand
+    int64_t b
+    int rows, panels
+    int64_t first_key, end_key          # keys that any row sees
+    int64_t *pos
+    int64_t *seg
+    int64_t *key_from
+    int64_t *key_to
+    uint32_t *pos32
+    uint32_t *head
+    const char **row
+    # tiles at hand
+    const void *k_left
+    const void *v_left
+    const void *v_right
+    ptrdiff_t ldk, ldv
+    bint *settled              # forward: rows whose result is stored
+    char *own                  # what make_workspaces put behind it
+
+
+cdef inline double get(const fa_kernels *kr, const void *p, Py_ssize_t i) noexcept nogil:
+    return (<const double *> p)[i] if kr.real_bytes == 8 else (<const float *> p)[i]
+
+cdef inline void put(const fa_kernels *kr, void *p, Py_ssize_t i, double x) noexcept nogil:
+    if kr.real_bytes == 8:
+        (<double *> p)[i] = x
+    else:
+        (<float *> p)[i] = <float> x
+
+cdef inline void *units(const Job *job, const void *p, ptrdiff_t n) noexcept nogil:
+    return <char *> p + n * job.kernels.unit_bytes
+
+cdef inline void *reals(const Job *job, const void *p, ptrdiff_t n) noexcept nogil:
+    return <char *> p + n * job.kernels.real_bytes
+
+cdef inline char *at(const Job *job, const Array *a, int64_t b, int64_t head) noexcept nogil:
+    cdef ptrdiff_t offset = head * a.head
+    cdef int axis
+    for axis in range(job.lead_dims - 1, -1, -1):
+        offset += (b % job.lead[axis]) * a.lead[axis]
+        b //= job.lead[axis]
+    return a.data + offset
+
+cdef inline int64_t clamp(int64_t x, int64_t low, int64_t high) noexcept nogil:
+    return low if x < low else high if x > high else x
+
+cdef inline int ceil_div(int64_t a, int64_t b) noexcept nogil:
+    return <int> ((a + b - 1) // b)
+
+
+# Lays the workspace out from `base`; with base NULL, only tells its size.
+cdef size_t lay_out(const Job *job, Workspace *ws, char *base) noexcept nogil:
+    cdef const fa_kernels *kr = job.kernels
+    cdef size_t used = 0
+    cdef size_t real = kr.real_bytes, unit = kr.unit_bytes, Bc = job.Bc
+    cdef size_t panels = ceil_div(job.Br, job.panel), rows = panels * job.panel, tile = Bc * job.panel
+    cdef size_t key_pairs = ceil_div(Bc, kr.pair), query_pairs = ceil_div(rows, kr.pair)
+
+    ws.q_lanes = carve(base, &used, rows * job.D_units * unit)
+    ws.o = carve(base, &used, rows * real * (job.D_cols if job.is_backward else job.Dv_cols))
+    ws.s = carve(base, &used, tile * real)
+    ws.add[0] = carve(base, &used, tile * real if job.attn_mask.dtype < FA_BOOL else 0)
+    ws.add[1] = carve(base, &used, tile * real if job.bias.dtype < FA_BOOL else 0)
+    ws.k_tile = carve(base, &used, 0 if job.k_in_place else Bc * key_ld(job) * unit)
+    ws.keep = <uint32_t *> carve(base, &used, panels * Bc * sizeof(uint32_t))
+    ws.drop = <uint32_t *> carve(base, &used, Bc * sizeof(uint32_t))
+    ws.row_depth = <int32_t *> carve(base, &used, job.panel * sizeof(int32_t))
+    ws.tile_max = carve(base, &used, job.panel * real)
+    ws.slope = carve(base, &used, job.panel * real)
+    ws.centre = carve(base, &used, job.panel * real)
+    if job.is_backward:
+        ws.p = carve(base, &used, Bc * query_pairs * unit)
+        ws.ds = carve(base, &used, Bc * query_pairs * unit)
+        ws.ds_keys = carve(base, &used, key_pairs * rows * unit if kr.pair == 2 else 0)
+        ws.dp = carve(base, &used, tile * real)
+        ws.gain = carve(base, &used, tile * real if job.softcap != 0 else 0)
+        ws.do_lanes = carve(base, &used, rows * job.Dv_units * unit)
+        ws.q_right = carve(base, &used, query_pairs * job.D_cols * unit)
+        ws.do_right = carve(base, &used, query_pairs * job.Dv_cols * unit)
+        ws.k_right = carve(base, &used, key_pairs * job.D_cols * unit)
+        ws.v_tile = carve(base, &used, 0 if job.v_in_place else Bc * job.Dv_units * unit)
+        ws.scratch = carve(base, &used, max(key_pairs, query_pairs) * max(job.D_cols, job.Dv_cols) * unit)
+        ws.lse = carve(base, &used, rows * real)
+        ws.shift = carve(base, &used, rows * real)
+        ws.dslope = carve(base, &used, rows * real)
+        ws.dbias = carve(base, &used, panels * tile * real if job.dbias.dtype != FA_NONE else 0)
+    else:
+        ws.p = carve(base, &used, key_pairs * job.panel * unit) if kr.pair == 2 else ws.s
+        ws.v_tile = carve(base, &used, 0 if job.v_in_place else key_pairs * job.Dv_cols * unit)
+        ws.scratch = carve(base, &used, key_pairs * job.Dv_cols * unit)
+        ws.row_max = carve(base, &used, rows * real)
+        ws.row_sum = carve(base, &used, rows * real)
+        ws.row_lost = carve(base, &used, rows * real)
+        ws.settled = <bint *> carve(base, &used, rows * sizeof(bint))
+        ws.alpha = carve(base, &used, job.panel * real)
+    ws.pos = <int64_t *> carve(base, &used, rows * sizeof(int64_t))
+    ws.seg = <int64_t *> carve(base, &used, rows * sizeof(int64_t))
+    ws.key_from = <int64_t *> carve(base, &used, rows * sizeof(int64_t))
+    ws.key_to = <int64_t *> carve(base, &used, rows * sizeof(int64_t))
+    ws.pos32 = <uint32_t *> carve(base, &used, rows * sizeof(uint32_t))
+    ws.head = <uint32_t *> carve(base, &used, rows * sizeof(uint32_t))
+    ws.row = <const char **> carve(base, &used, max(rows, Bc) * sizeof(char *))
+    return used
+
+cdef inline void *carve(char *base, size_t *used, size_t size) noexcept nogil:
+    cdef size_t start = used[0]
+    used[0] = start + (size + 63) // 64 * 64
+    return base + start if base != NULL else NULL
+
+
+# A copy of keys as reals has whole vectors, so that it is a right operand too.
+cdef inline int key_ld(const Job *job) noexcept nogil:
+    return job.D_cols if job.kernels.pair == 1 else job.D_units
+
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+ctypedef void (*work_fn)(const Job *job, Workspace *ws, int64_t item, const void *more) noexcept nogil
+
+# Items are begun in order, whatever OpenMP is underneath: one may wait for those before it.
+cdef void run(const Job *job, Workspace *spaces, int team, int64_t items, work_fn work,
+              const void *more) noexcept nogil:
+    cdef int64_t following = 0, item
+    cdef int t
+    if team == 1:
+        for item in range(items):
+            work(job, spaces, item, more)
+    else:
+        for t in prange(team, num_threads=team, schedule="static", chunksize=1):
+            drain(job, spaces + t, items, work, more, &following)
+
+cdef void drain(const Job *job, Workspace *ws, int64_t items, work_fn work, const void *more,
+                int64_t *following) noexcept nogil:
+    cdef int64_t item = fa_next(following)
+    while item < items:
+        work(job, ws, item, more)
+        item = fa_next(following)
+
+
+# ---- from a Problem to a Job ----------------------------------------------------------------------------
+
+cdef void set_array(Array *a, cnp.ndarray array, int lead_dims) except *:
+    """The last axes of `array` are (head, row, column), (head, row) or (row,), by its ndim."""
+    cdef int axis, trailing = cnp.PyArray_NDIM(array) - lead_dims, number = cnp.PyArray_TYPE(array)
+    cdef cnp.npy_intp *strides = cnp.PyArray_STRIDES(array)
+    a.data = <char *> cnp.PyArray_DATA(array)
+    a.dtype = (FA_F32 if number == cnp.NPY_FLOAT else FA_F64 if number == cnp.NPY_DOUBLE else
+               FA_F16 if number == cnp.NPY_FLOAT16 else FA_BOOL if number == cnp.NPY_BOOL else FA_BF16)
+    for axis in range(lead_dims):
+        a.lead[axis] = strides[axis]
+    a.head = strides[lead_dims] if trailing > 1 else 0
+    a.row = strides[lead_dims + trailing - 2] if trailing > 2 else strides[lead_dims + trailing - 1]
+    a.col = strides[lead_dims + 2] if trailing > 2 else 0
+
+cdef void set_optional(Array *a, array, int lead_dims) except *:
+    if array is None:
+        a.dtype = FA_NONE
+    else:
+        set_array(a, array, lead_dims)
+
+cdef void *data_or_null(array) except? NULL:
+    return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray> array)
+
+cdef const int64_t *int64_data(array) except? NULL:
+    return <const int64_t *> data_or_null(array)
+
+cdef bint lies_whole(const Job *job, const Array *a, int cols) noexcept nogil:
+    """Whether rows of `a` are rows of whole units side by side, to be read where they lie."""
+    cdef const fa_kernels *kr = job.kernels
+    cdef int native = FA_F64 if kr.real_bytes == 8 else FA_F32 if kr.pair == 1 else FA_BF16
+    return (a.dtype == native and a.col == kr.unit_bytes // kr.pair and a.row % kr.unit_bytes == 0
+            and cols % kr.pair == 0)
+
+cdef void fill_job(Job *job, problem, bint backward) except *:
+    cdef const fa_kernels *kr = kernels_for(problem.dtype)
+    cdef int axis, lanes = kr.lanes, rows
+    cdef double scale = problem.scale, dropout_p = problem.dropout_p
+    lead = problem.lead
+    job.kernels = kr
+    job.is_backward = backward
+    job.lead_dims = <int> len(lead)
+    for axis in range(job.lead_dims):
+        job.lead[axis] = lead[axis]
+    job.batch = problem.batch
+    job.Hq = problem.Hq
+    job.Hkv = problem.Hkv
+    job.group = max(1, <int64_t> problem.group)
+    job.Lq = problem.Lq
+    job.Lk = problem.Lk
+    job.D = problem.D
+    job.Dv = problem.Dv
+    job.D_units = ceil_div(job.D, kr.pair)
+    job.Dv_units = ceil_div(job.Dv, kr.pair)
+    job.D_cols = ceil_div(job.D, lanes) * lanes
+    job.Dv_cols = ceil_div(job.Dv, lanes) * lanes
+    set_array(&job.q, problem.q, job.lead_dims)
+    set_array(&job.k, problem.k, job.lead_dims)
+    set_array(&job.v, problem.v, job.lead_dims)
+    set_optional(&job.attn_mask, problem.attn_mask, job.lead_dims)
+    set_optional(&job.bias, problem.bias, job.lead_dims)
+    set_optional(&job.q_segment_ids, problem.q_segment_ids, job.lead_dims)
+    set_optional(&job.kv_segment_ids, problem.kv_segment_ids, job.lead_dims)
+    job.dlse.dtype = job.dq.dtype = job.dk.dtype = job.dv.dtype = job.dbias.dtype = FA_NONE
+    job.dsink_rows = job.dslope_rows = NULL
+    left, right = problem.window_left, problem.window_right
+    job.bounded_left = left is not None
+    job.bounded_right = right is not None
+    job.left = left if job.bounded_left else 0
+    job.right = right if job.bounded_right else 0
+    job.offset = int64_data(problem.causal_offset)
+    job.q_lens = int64_data(problem.q_lens)
+    job.kv_lens = int64_data(problem.kv_lens)
+    job.slopes = data_or_null(problem.alibi_slopes)
+    job.sinks = data_or_null(problem.sinks)
+    job.negate = scale < 0
+    job.scale = -scale if job.negate else scale
+    job.softcap = problem.softcap
+    job.seed = problem.seed
+    # ceil(p 2^32) <= 2^32; p = 1 keeps nothing, whatever the factor.
+    job.threshold = <uint64_t> math.ceil(dropout_p * 4294967296.0)
+    job.drop_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0
+    # Unfinished scores let softmax apply the scale, as (s - max) scale: out of range for the extremes.
+    job.adjusted = (job.softcap != 0 or job.attn_mask.dtype < FA_BOOL or job.bias.dtype < FA_BOOL
+                    or job.slopes != NULL or not 1e-30 < job.scale < 1e30)
+
+    job.Bc = kr.Bc_backward if backward else kr.Bc
+    job.Br = kr.Br_backward if backward else kr.Br
+    if job.D + job.Dv > 512:  # the block's q and o stay about as large
+        job.Br = max(2 * lanes, job.Br * 512 // (job.D + job.Dv) // (2 * lanes) * (2 * lanes))
+    # Short rows of the heads that share keys are taken together.
+    job.stack = 1
+    if not backward and 0 < job.Lq <= job.Br // 2:
+        job.stack = <int> clamp(job.Br // job.Lq, 1, job.group)
+    rows = <int> min(job.Br, job.stack * job.Lq)
+    job.Br = max(1, rows)
+    job.panel = lanes if rows <= lanes else 2 * lanes
+    job.blocks = (ceil_div(job.group, job.stack) if job.stack > 1 else
+                  job.group * ceil_div(job.Lq, job.Br)) if job.Hq > 0 else 0
+    job.Bc = <int> clamp((job.Lk + RUN - 1) // RUN * RUN, RUN, job.Bc)
+    job.k_in_place = lies_whole(job, &job.k, job.D)
+    # v is a right operand forward (whole vectors), a left one backward.
+    job.v_in_place = lies_whole(job, &job.v, job.Dv) and (
+        backward or (kr.pair == 1 and job.Dv == job.Dv_cols))
+
+
+cdef int team_size(const Job *job, int threads, int64_t items) noexcept nogil:
+    """Threads worth waking: one for each half million multiply-adds, and no more than items."""
+    cdef double work = <double> job.batch * job.Hq * job.Lq * job.Lk * (job.D + job.Dv)
+    return <int> max(1, min(<double> threads, min(<double> items, 1 + work / 524288)))
+
+cdef Workspace *make_workspaces(const Job *job, int threads, double extra_bytes, char **memory) except NULL:
+    """One Workspace a thread, with `extra_bytes` behind each; free memory[0] once, after use."""
+    cdef Workspace probe
+    cdef size_t each = lay_out(job, &probe, NULL), structs = (threads * sizeof(Workspace) + 63) // 64 * 64
+    cdef double total = structs + threads * (each + extra_bytes)
+    cdef size_t extra = <size_t> extra_bytes if total < SIZE_MAX // 2 else 0
+    cdef Workspace *spaces
+    cdef void *block = NULL
+    cdef int t
+    if total > SIZE_MAX // 2 or posix_memalign(&block, 64, <size_t> total) != 0:
+        raise MemoryError(f"no memory for the workspace of {threads} threads, {total:.0f} bytes")
+    memory[0] = <char *> block
+    spaces = <Workspace *> block
+    for t in range(threads):
+        lay_out(job, &spaces[t], memory[0] + structs + t * (each + extra))
+        spaces[t].own = memory[0] + structs + t * (each + extra) + each
+    return spaces
+
+
+# ---- a block of query rows -----------------------------------------------------------------------
+
+# Rows [i0, i0 + n) of query heads [head0, head0 + heads): where they are, what they may see.
+cdef void set_rows(const Job *job, Workspace *ws, int64_t b, int64_t head0, int heads, int64_t i0,
+                   int n) noexcept nogil:
+    cdef int r = 0, lane
+    cdef int64_t h, i, low, high, centre
+    cdef int64_t offset = clamp(job.offset[b], -(<int64_t> 1 << 61), <int64_t> 1 << 61) if job.offset != NULL else 0
+    cdef int64_t q_len = clamp(job.q_lens[b], 0, job.Lq) if job.q_lens != NULL else job.Lq
+    cdef int64_t kv_len = clamp(job.kv_lens[b], 0, job.Lk) if job.kv_lens != NULL else job.Lk
+    cdef char *segments = at(job, &job.q_segment_ids, b, 0) if job.q_segment_ids.dtype != FA_NONE else NULL
+    ws.b = b
+    ws.rows = heads * n
+    ws.panels = ceil_div(ws.rows, job.panel)
+    ws.first_key = job.Lk
+    ws.end_key = 0
+    for h in range(head0, head0 + heads):
+        for i in range(i0, i0 + n):
+            low = 0
+            high = kv_len
+            centre = i + offset
+            if job.bounded_left:
+                low = clamp(centre - job.left, 0, high)
+            if job.bounded_right:
+                high = clamp(centre + job.right + 1, 0, high)
+            if i >= q_len or high <= low:
+                low = high = 0
+            else:
+                ws.first_key = min(ws.first_key, low)
+                ws.end_key = max(ws.end_key, high)
+            ws.pos[r] = centre
+            ws.pos32[r] = <uint32_t> i
+            ws.head[r] = <uint32_t> h
+            ws.key_from[r] = low
+            ws.key_to[r] = high
+            if segments != NULL:
+                ws.seg[r] = (<int64_t *> (segments + i * job.q_segment_ids.row))[0]
+            r += 1
+    for lane in range(r, ws.panels * job.panel):
+        ws.pos[lane] = ws.pos32[lane] = ws.head[lane] = 0
+        ws.key_from[lane] = ws.key_to[lane] = 0
+
+# Row pointers into `a` for rows [r0, r0 + n) of the block, at column `col`; rows that see no
+# key at all are not read.
+cdef fa_rows block_rows(const Job *job, Workspace *ws, const Array *a, int r0, int n, int64_t col,
+                        int cols, bint dead_too) noexcept nogil:
+    cdef fa_rows rows
+    cdef char *base = NULL
+    cdef int r
+    cdef int64_t head = -1
+    for r in range(r0, r0 + n):
+        if ws.head[r] != head:
+            head = ws.head[r]
+            base = at(job, a, ws.b, head)
+        ws.row[r - r0] = base + <int64_t> ws.pos32[r] * a.row + col * a.col
+        if not dead_too and ws.key_to[r] == 0:
+            ws.row[r - r0] = NULL
+    rows.row = ws.row
+    rows.stride = a.col
+    rows.rows = n
+    rows.cols = cols
+    rows.dtype = a.dtype
+    return rows
+
+# Rows [j0, j0 + n) of k or v.
+cdef fa_rows key_rows(Workspace *ws, const Array *a, char *base, int64_t j0, int n, int cols) noexcept nogil:
+    cdef fa_rows rows
+    cdef int j
+    for j in range(n):
+        ws.row[j] = base + (j0 + j) * a.row
+    rows.row = ws.row
+    rows.stride = a.col
+    rows.rows = n
+    rows.cols = cols
+    rows.dtype = a.dtype
+    return rows
+
+cdef void pack_query_lanes(const Job *job, Workspace *ws, const Array *a, void *dst, int cols,
+                           int cols_units, bint negate) noexcept nogil:
+    cdef int p
+    cdef fa_rows rows
+    for p in range(ws.panels):
+        rows = block_rows(job, ws, a, p * job.panel, min(job.panel, ws.rows - p * job.panel), 0, cols, False)
+        job.kernels.pack_lanes(units(job, dst, <ptrdiff_t> p * job.panel * cols_units), job.panel, &rows, negate)
+
+
+# The keys of [k0, k1) that rows of panel p see, as [*low, *high), low rounded down: dropout draws 4
+# keys at once, bfloat16 takes them in pairs, and sums in runs start at the same keys in any panel.
+# False if there are none.
+cdef bint panel_keys(const Job *job, const Workspace *ws, int p, int64_t k0, int64_t k1,
+                     int64_t *low, int64_t *high) noexcept nogil:
+    cdef int r
+    cdef int64_t first = k1, end = k0
+    for r in range(p * job.panel, min((p + 1) * job.panel, ws.rows)):
+        if ws.key_to[r] > ws.key_from[r]:
+            first = min(first, ws.key_from[r])
+            end = max(end, ws.key_to[r])
+    low[0] = max(k0, first // RUN * RUN)
+    high[0] = min(k1, end)
+    return low[0] < high[0]
+
+
+# Keys [k0, k1) of k or v as a product's left operand, read where they lie if they can be.
+cdef void load_left(const Job *job, Workspace *ws, const Array *a, char *base, int64_t k0, int64_t k1,
+                    int cols, int ld, bint in_place, void *tile, const void **left, ptrdiff_t *ld_out) noexcept nogil:
+    cdef fa_rows rows
+    if left[0] != NULL:
+        return
+    if in_place:
+        left[0] = base + k0 * a.row
+        ld_out[0] = a.row // job.kernels.unit_bytes
+    else:
+        rows = key_rows(ws, a, base, k0, <int> (k1 - k0), cols)
+        job.kernels.pack_left(tile, ld, &rows)
+        left[0] = tile
+        ld_out[0] = ld
+
+cdef void load_right(const Job *job, Workspace *ws, const Array *a, char *base, int64_t k0, int64_t k1,
+                     int cols, int ld, bint in_place, void *tile, const void **right, ptrdiff_t *ld_out) noexcept nogil:
+    cdef fa_rows rows
+    if right[0] != NULL:
+        return
+    if in_place:
+        right[0] = base + k0 * a.row
+        ld_out[0] = a.row // job.kernels.unit_bytes
+    else:
+        rows = key_rows(ws, a, base, k0, <int> (k1 - k0), cols)
+        job.kernels.pack_right(tile, ld, &rows)
+        right[0] = tile
+        ld_out[0] = ld
+
+
+# ---- masking: the one place that knows what excludes a pair -----------------------------------------
+
+# Pairs of panel p with the keys [j0, j0 + n): FULL, EMPTY, or PARTIAL with the bits of keep[n]
+# telling which rows take part. Loads the tiles of additive masks into ws.add on the way, and sets
+# ws.row_depth, past which a row sees nothing.
+cdef int tile_mask(const Job *job, Workspace *ws, int p, int64_t j0, int n, uint32_t *keep) noexcept nogil:
+    cdef const fa_kernels *kr = job.kernels
+    cdef int r0 = p * job.panel, rows = min(job.panel, ws.rows - r0)
+    cdef uint32_t valid = <uint32_t> ((<uint64_t> 1 << rows) - 1), bits = 0, any_kept = 0, all_kept = valid
+    cdef bint banded = False, element_wise
+    cdef int r, j, a, e
+    cdef const Array *add
+    cdef fa_rows mask
+    cdef int64_t segment = 0, last = 0
+    cdef char *base
+
+    for r in range(rows):
+        if ws.key_from[r0 + r] > j0 or ws.key_to[r0 + r] < j0 + n:
+            banded = True
+    element_wise = (job.attn_mask.dtype != FA_NONE or job.bias.dtype != FA_NONE
+                    or job.q_segment_ids.dtype != FA_NONE)
+    for r in range(job.panel):
+        ws.row_depth[r] = ceil_div(n, kr.pair)
+    if not banded and not element_wise:
+        return FULL
+
+    # A row's keys are one interval: its bit is switched on at the start and off at the end.
+    memset(keep, 0, n * sizeof(uint32_t))
+    for r in range(rows):
+        a = <int> clamp(ws.key_from[r0 + r] - j0, 0, n)
+        e = <int> clamp(ws.key_to[r0 + r] - j0, 0, n)
+        ws.row_depth[r] = ceil_div(e, kr.pair)
+        if a < e:
+            keep[a] ^= <uint32_t> 1 << r
+            if e < n:
+                keep[e] ^= <uint32_t> 1 << r
+    for j in range(1, n):
+        keep[j] ^= keep[j - 1]
+
+    if job.q_segment_ids.dtype != FA_NONE:
+        base = at(job, &job.kv_segment_ids, ws.b, 0)
+        for j in range(n):
+            segment = (<int64_t *> (base + (j0 + j) * job.kv_segment_ids.row))[0]
+            if j == 0 or segment != last:
+                bits = 0
+                for r in range(rows):
+                    bits |= <uint32_t> (ws.seg[r0 + r] == segment) << r
+                last = segment
+            keep[j] &= bits
+
+    if job.attn_mask.dtype == FA_BOOL:
+        mask = block_rows(job, ws, &job.attn_mask, r0, rows, j0, n, True)
+        kr.keep_true(keep, &mask)
+    for a in range(2):
+        add = &job.bias if a else &job.attn_mask
+        if add.dtype < FA_BOOL:
+            mask = block_rows(job, ws, add, r0, rows, j0, n, True)
+            kr.load_lanes(ws.add[a], job.panel, &mask)
+            kr.keep_above_neg_inf(keep, ws.add[a], job.panel, n)
+
+    for j in range(n):
+        any_kept |= keep[j] & valid
+        all_kept &= keep[j]
+    return EMPTY if any_kept == 0 else FULL if all_kept == valid else PARTIAL
+
+
+cdef void adjust_tile(const Job *job, Workspace *ws, int p, int64_t j0, int n, void *gain) noexcept nogil:
+    cdef fa_adjust how
+    how.scale = job.scale
+    how.softcap = job.softcap
+    how.add[0] = ws.add[0] if job.attn_mask.dtype < FA_BOOL else NULL
+    how.add[1] = ws.add[1] if job.bias.dtype < FA_BOOL else NULL
+    how.slope = how.centre = NULL
+    if job.slopes != NULL:
+        set_distances(job, ws, p, j0)
+        how.slope = ws.slope
+        how.centre = ws.centre
+    how.gain = gain
+    job.kernels.adjust(ws.s, job.panel, n, &how)
+
+cdef void set_distances(const Job *job, Workspace *ws, int p, int64_t j0) noexcept nogil:
+    cdef int r
+    for r in range(job.panel):
+        put(job.kernels, ws.slope, r, get(job.kernels, job.slopes, ws.head[p * job.panel + r]))
+        put(job.kernels, ws.centre, r, <double> (ws.pos[p * job.panel + r] - j0))
+
+cdef const uint32_t *draw_dropout(const Job *job, Workspace *ws, int p, int64_t j0, int n) noexcept nogil:
+    if job.threshold == 0:
+        return NULL
+    job.kernels.dropout(ws.drop, job.panel, n, j0, ws.pos32 + p * job.panel, ws.head + p * job.panel,
+                        <uint32_t> ws.b, job.seed, job.threshold)
+    return ws.drop

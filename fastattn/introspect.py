@@ -1,0 +1,189 @@
+"""What was built, what was chosen on this machine, and why."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+import sysconfig
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from fastattn import _cpu
+
+# Every environment variable that the package reads, and what it is for.
+ENVIRONMENT = {
+    "FASTATTN_CPU_ISA": "the ISA whose kernels run; read at the first use",
+    "FASTATTN_NO_OPENMP": "1: build without OpenMP; read by setup.py",
+}
+
+
+@overload
+def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
+@overload
+def show_config(mode: Literal["dicts"]) -> dict[str, Any]: ...
+def show_config(mode: str = "stdout") -> dict[str, Any] | None:
+    """Show what was built, what was chosen on this machine, and why.
+
+    ``python -m fastattn`` prints the same.
+
+    Parameters
+    ----------
+    mode : {"stdout", "dicts"}
+        "stdout" prints, "dicts" returns the same facts as a dict.
+
+    Returns
+    -------
+    dict or None
+        With mode "dicts", a dict of strings, numbers, lists and dicts (JSON can hold it). Its keys:
+        versions, gil, isa, isas, kernels, threads, build, environment, gpu.
+
+    Raises
+    ------
+    ValueError
+        If mode is another word.
+
+    Notes
+    -----
+    A wrong ``FASTATTN_CPU_ISA`` makes every computation fail; here its message is shown in place
+    of the ISA.
+    """
+    if mode not in ("stdout", "dicts"):
+        raise ValueError(f"mode is {mode!r}; expected 'stdout' or 'dicts'")
+    facts = {
+        "versions": versions(),
+        "gil": gil(),
+        "isa": isa(),
+        "isas": isas(),
+        "kernels": _cpu.kernel_table(),
+        "threads": threads(),
+        "build": _cpu.build_info(),
+        "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
+        "gpu": "not in this version",
+    }
+    if mode == "dicts":
+        return facts
+    print(as_text(facts))
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of the package and of what it runs on."""
+    import importlib.metadata  # slow to import
+
+    try:
+        fastattn = importlib.metadata.version("fastattn")
+    except importlib.metadata.PackageNotFoundError:
+        fastattn = "unknown (a source tree that is not installed)"
+    python = f"{platform.python_version()} ({platform.python_implementation()})"
+    system = f"{platform.system()} {platform.machine()}"
+    return {"fastattn": fastattn, "python": python, "numpy": np.__version__, "system": system}
+
+
+def gil() -> str:
+    """Whether this Python has a GIL now."""
+    if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return "on; released while fastattn computes"
+    return "on, in a free-threaded Python" if sys._is_gil_enabled() else "off"
+
+
+def isa() -> dict[str, str | None]:
+    """The ISA whose kernels run, and why; its name is None where there is none to run."""
+    try:
+        name = _cpu.current_isa()
+    except (RuntimeError, ValueError) as error:
+        return {"name": None, "why": str(error)}
+    if name == os.environ.get("FASTATTN_CPU_ISA"):
+        return {"name": name, "why": "FASTATTN_CPU_ISA says so"}
+    highest = [row["name"] for row in _cpu.isa_table() if not row["missing"]][-1]
+    why = "the highest that runs here" if name == highest else "chosen by this process"
+    return {"name": name, "why": why}
+
+
+def isas() -> list[dict[str, Any]]:
+    """Every ISA, lowest rank first: name, requires, and what stands in the way ("" if it runs)."""
+    rows = [
+        {
+            "name": row["name"],
+            "requires": row["requires"],
+            "missing": f"this machine lacks {row['missing']}" if row["missing"] else "",
+        }
+        for row in _cpu.isa_table()
+    ]
+    built = {row["name"] for row in rows}
+    for name, flags in _cpu.build_info()["flags"].items():
+        if name not in built:
+            rows.append({"name": name, "requires": "", "missing": flags})
+    return rows
+
+
+def threads() -> dict[str, Any]:
+    """The number of threads of a call that does not say, and where it comes from."""
+    limits = _cpu.thread_limits()
+    quota = None if math.isinf(limits["quota"]) else limits["quota"]
+    facts = {
+        "number": _cpu.get_num_threads(),
+        "set_num_threads": limits["set"] or None,
+        "openmp_maximum": limits["openmp"],
+        "cpus_of_affinity": limits["affinity"],
+        "cpus_of_quota": quota,
+        "forked": _cpu.forked(),
+    }
+    if facts["forked"]:
+        why = "this process was forked, and OpenMP's threads did not come along"
+    elif not _cpu.build_info()["openmp"]:
+        why = "built without OpenMP"
+    elif facts["set_num_threads"]:
+        why = "set_num_threads"
+    else:
+        why = (
+            f"the least of OpenMP's maximum ({facts['openmp_maximum']}), "
+            f"the CPUs of this process ({facts['cpus_of_affinity']}) "
+            f"and the container's quota ({'none' if quota is None else quota})"
+        )
+    return {**facts, "why": why}
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The facts of `show_config`, for reading."""
+    version = facts["versions"]
+    build = facts["build"]
+    chosen = facts["isa"]
+    runs = [[row["name"], row["missing"] or "runs here", row["requires"]] for row in facts["isas"]]
+    kernels = [list(facts["kernels"][0]), *(list(row.values()) for row in facts["kernels"])]
+    lines = [
+        f"fastattn {version['fastattn']}",
+        f"Python {version['python']}, NumPy {version['numpy']}, {version['system']}",
+        f"GIL: {facts['gil']}",
+        f"GPU: {facts['gpu']}",
+        "",
+        f"ISA: {chosen['name'] or 'none'} ({chosen['why']})",
+        *columns(runs),
+        "",
+        f"Threads: {facts['threads']['number']} ({facts['threads']['why']})",
+        "",
+        "Kernels",
+        *columns(kernels),
+        "",
+        f"Built with {build['compiler'] or 'an unknown compiler'}",
+        *columns([["OpenMP", build["openmp"] or "none"], *map(list, build["flags"].items())]),
+        "",
+        "Environment",
+        *columns(
+            [
+                [name, "not set" if value is None else repr(value), f"({ENVIRONMENT[name]})"]
+                for name, value in facts["environment"].items()
+            ]
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def columns(rows: list[list[Any]]) -> list[str]:
+    """Indented lines whose cells are aligned."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    padded = ([cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in cells)
+    return [("  " + "  ".join(row)).rstrip() for row in padded]
