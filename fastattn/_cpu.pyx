@@ -34,7 +34,7 @@ cnp.import_array()
 cdef extern from "_cpu_kernels/kernels.h" nogil:
     enum:
         FA_F16, FA_BF16, FA_F32, FA_F64, FA_BOOL, FA_NONE
-        FA_MAX_PANEL
+        FA_RUN
     ctypedef struct fa_rows:
         const char *const *row
         ptrdiff_t stride

@@ -6,7 +6,6 @@
 cdef enum:
     MAX_LEAD = 64
     EMPTY, PARTIAL, FULL
-    RUN = 16
 
 # An array of the problem: bytes between neighbours along (leading axes..., head, row, column).
 cdef struct Array:
@@ -124,8 +123,8 @@ cdef inline char *at(const Job *job, const Array *a, int64_t b, int64_t head) no
 cdef inline int64_t clamp(int64_t x, int64_t low, int64_t high) noexcept nogil:
     return low if x < low else high if x > high else x
 
-cdef inline int ceil_div(int64_t a, int64_t b) noexcept nogil:
-    return <int> ((a + b - 1) // b)
+cdef inline int64_t ceil_div(int64_t a, int64_t b) noexcept nogil:
+    return (a + b - 1) // b
 
 
 # Lays the workspace out from `base`; with base NULL, only tells its size.
@@ -191,7 +190,6 @@ cdef inline void *carve(char *base, size_t *used, size_t size) noexcept nogil:
 # A copy of keys as reals has whole vectors, so that it is a right operand too.
 cdef inline int key_ld(const Job *job) noexcept nogil:
     return job.D_cols if job.kernels.pair == 1 else job.D_units
-
 
 
 # ---- threads -------------------------------------------------------------------------------------
@@ -317,7 +315,7 @@ cdef void fill_job(Job *job, problem, bint backward) except *:
     job.panel = lanes if rows <= lanes else 2 * lanes
     job.blocks = (ceil_div(job.group, job.stack) if job.stack > 1 else
                   job.group * ceil_div(job.Lq, job.Br)) if job.Hq > 0 else 0
-    job.Bc = <int> clamp((job.Lk + RUN - 1) // RUN * RUN, RUN, job.Bc)
+    job.Bc = <int> clamp((job.Lk + FA_RUN - 1) // FA_RUN * FA_RUN, FA_RUN, job.Bc)
     job.k_in_place = lies_whole(job, &job.k, job.D)
     # v is a right operand forward (whole vectors), a left one backward.
     job.v_in_place = lies_whole(job, &job.v, job.Dv) and (
@@ -445,7 +443,7 @@ cdef bint panel_keys(const Job *job, const Workspace *ws, int p, int64_t k0, int
         if ws.key_to[r] > ws.key_from[r]:
             first = min(first, ws.key_from[r])
             end = max(end, ws.key_to[r])
-    low[0] = max(k0, first // RUN * RUN)
+    low[0] = max(k0, first // FA_RUN * FA_RUN)
     high[0] = min(k1, end)
     return low[0] < high[0]
 

@@ -439,10 +439,6 @@ INLINE vr dropped(vr p, const uint32_t *drop, int key, int lane, vr drop_scale) 
     return drop ? p * v_select(v_mask(drop[key] >> lane), drop_scale, (vr){}) : p;
 }
 
-// Sums are taken in runs of this many keys (a divisor of every tile), and the runs' sums added:
-// rounding errors grow with the length of a chain, and are all of one sign where scores are alike.
-#define RUN 16
-
 static int softmax(void *p_, void *s_, int panel, int keys, double scale, const fa_softmax_state *st,
                    const uint32_t *drop, double drop_scale_) {
     const real *s = s_;
@@ -458,8 +454,8 @@ static int softmax(void *p_, void *s_, int panel, int keys, double scale, const 
         moved |= v_bits(top > old);
         v_store((real *)st->alpha + lane, alpha);
         v_store(row_max + lane, top);
-        for (int run = 0; run < keys; run += RUN) {
-            int end = run + RUN < keys ? run + RUN : keys;
+        for (int run = 0; run < keys; run += FA_RUN) {
+            int end = run + FA_RUN < keys ? run + FA_RUN : keys;
             vr part = {};
             for (int key = run; key < end; key += PAIR) {
                 vr p[PAIR];
