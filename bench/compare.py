@@ -43,6 +43,7 @@ from workers import Meter, Runner, Worker, WorkerError
 PEAK_SECONDS = 0.03
 PAUSE_SECONDS = 0.01  # for idle thread pools to go to sleep before the next candidate's slot
 MAX_COPIES = 64
+NOISY = 0.05
 # The arithmetic each dtype is computed in: float16 is widened on today's CPUs.
 PEAK_KIND = {"float16": "float32"}
 
@@ -206,12 +207,13 @@ def print_remarks(measurements: list[Measurement]) -> None:
             bound = BOUNDS[m.case.dtype]
             what = f"error {m.error:.1e} of a row, bound {bound:.0e}"
             print(f"FAIL: {m.candidate}, {m.case.direction} {m.case.dtype} {m.case.shape}: {what}")
-    noisy = [m for m in measurements if m.seconds and m.spread > 0.05]
+    timed = [m for m in measurements if m.seconds]
+    noisy = [m for m in timed if m.spread > NOISY]
     if noisy:
-        print(f"\nrounds differ by more than 5 % (median deviation) in {len(noisy)} figures:")
-    for m in noisy:
-        label = f"{m.candidate}, {m.case.direction} {m.case.dtype} {m.case.shape}"
-        print(f"  {label}: {m.spread:.0%}")
+        print(
+            f"\nUnsteady: in {len(noisy)} of {len(timed)} figures the rounds lie "
+            f"{NOISY:.0%} or more apart (median deviation). Is the machine idle?"
+        )
 
 
 if __name__ == "__main__":

@@ -95,7 +95,8 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
                        const uint32_t *, double) noexcept nogil
         void (*accumulate)(const fa_product *) noexcept nogil
         void (*accumulate_selected)(const fa_product *, const fa_selection *) noexcept nogil
-        int (*all_finite)(const void *, ptrdiff_t, int, int) noexcept nogil
+        int (*right_finite)(const void *, ptrdiff_t, int, int) noexcept nogil
+        int (*row_finite)(const void *, int) noexcept nogil
         int (*backward_tile)(const fa_backward_tile *, int, int) noexcept nogil
         void (*add_tile)(void *, const void *, int64_t) noexcept nogil
         void (*add_distances)(void *, const void *, int, int, const void *) noexcept nogil

@@ -199,7 +199,7 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
                 x.b = units(job, k_right, (first - k0) // kr.pair * ldk_right)
                 x.ldb = ldk_right
                 x.ldc = x.cols = job.D_cols
-                multiply(job, &x, &which, ragged and not kr.all_finite(
+                multiply(job, &x, &which, ragged and not kr.right_finite(
                     k_right, ldk_right, ceil_div(k1 - k0, kr.pair), job.D_cols))
         elif passed != NULL:
             fa_publish(passed, k1)
@@ -219,8 +219,8 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
 cdef inline bint rows_all_finite(const Job *job, Workspace *ws, int *known) noexcept nogil:
     cdef int pairs = ceil_div(ws.rows, job.kernels.pair)
     if known[0] < 0:
-        known[0] = (job.kernels.all_finite(ws.q_right, job.D_cols, pairs, job.D_cols)
-                    and job.kernels.all_finite(ws.do_right, job.Dv_cols, pairs, job.Dv_cols))
+        known[0] = (job.kernels.right_finite(ws.q_right, job.D_cols, pairs, job.D_cols)
+                    and job.kernels.right_finite(ws.do_right, job.Dv_cols, pairs, job.Dv_cols))
     return known[0]
 
 cdef inline void multiply(const Job *job, const fa_product *x, const fa_selection *which, bint select) noexcept nogil:
@@ -243,68 +243,68 @@ cdef void store_dkv(const Job *job, int64_t batch_head, const void *dk, const vo
                          reals(job, dv, j * job.Dv_cols), job.Dv, 1)
 
 
-cdef struct Sums:              # of dk and dv, in reals, and how far each block of rows has come
-    char *dk
-    char *dv
-    int64_t head
-    int64_t *passed
+cdef struct Shared:            # heads that all threads work on together
+    Workspace *spaces          # the sums of head first + n are in spaces[n].own
+    int64_t first, count
+    int64_t *passed            # [count][blocks + 1]: the key up to which a block has added
 
 cdef void backward_heads(const Job *job, int threads) except *:
     """All gradients but dbias. Each thread takes whole heads while there are enough for all; the
     heads left over are shared."""
-    cdef const fa_kernels *kr = job.kernels
-    cdef int64_t heads = job.batch * job.Hkv, alone
-    cdef double dk_bytes = <double> job.Lk * job.D_cols * kr.real_bytes * (job.dk.dtype != FA_NONE)
-    cdef double dv_bytes = <double> job.Lk * job.Dv_cols * kr.real_bytes * (job.dv.dtype != FA_NONE)
+    cdef int64_t heads = job.batch * job.Hkv, n
     cdef int team = team_size(job, threads, heads * max(1, job.blocks))
     cdef char *memory = NULL
     cdef void *passed = NULL
-    cdef Workspace *spaces
-    cdef Sums sums
+    cdef Shared shared
     if heads == 0:
         return
-    alone = heads // team * team
-    spaces = make_workspaces(job, team, dk_bytes + dv_bytes, &memory)
-    if posix_memalign(&passed, 64, (job.blocks + 1) * sizeof(int64_t)) != 0:
+    shared.first = heads // team * team
+    shared.count = heads - shared.first
+    shared.spaces = make_workspaces(job, team, sums_bytes(job), &memory)
+    if posix_memalign(&passed, 64, (shared.count * (job.blocks + 1) + 1) * sizeof(int64_t)) != 0:
         free(memory)
-        raise MemoryError(f"no memory for the progress of {job.blocks} blocks")
+        raise MemoryError(f"no memory for the progress of {shared.count * job.blocks} blocks")
+    shared.passed = <int64_t *> passed
     with nogil:
-        run(job, spaces, team, alone, backward_head, NULL)
-        sums.dk = spaces[0].own
-        sums.dv = values_sums(job, sums.dk)
-        sums.passed = <int64_t *> passed
-        for sums.head in range(alone, heads):
-            memset(passed, 0xff, (job.blocks + 1) * sizeof(int64_t))  # -1: at no key yet
-            sums.passed[0] = job.Lk + 1
-            memset(sums.dk, 0, <size_t> (dk_bytes + dv_bytes))
-            run(job, spaces, team, job.blocks, backward_shared_block, &sums)
-            run(job, spaces, team, ceil_div(job.Lk, job.Bc), store_shared_keys, &sums)
+        run(job, shared.spaces, team, shared.first, backward_head, NULL)
+        if shared.count > 0:
+            memset(passed, 0xff, shared.count * (job.blocks + 1) * sizeof(int64_t))  # -1: at no key yet
+            for n in range(shared.count):
+                shared.passed[n * (job.blocks + 1)] = job.Lk + 1
+                memset(shared.spaces[n].own, 0, <size_t> sums_bytes(job))
+            # First blocks of all heads first: a block seldom waits for the one before.
+            run(job, shared.spaces, team, shared.count * job.blocks, backward_shared_block, &shared)
+            run(job, shared.spaces, team, shared.count * ceil_div(job.Lk, job.Bc), store_shared_keys, &shared)
         free(passed)
         free(memory)
 
-# The sums of dv lie behind those of dk, if dk is wanted.
-cdef inline char *values_sums(const Job *job, char *dk) noexcept nogil:
-    return <char *> reals(job, dk, job.Lk * job.D_cols) if job.dk.dtype != FA_NONE else dk
+# What the sums of a head's dk and dv, those that are wanted, take; dv's lie behind dk's.
+cdef double sums_bytes(const Job *job) noexcept nogil:
+    return <double> job.Lk * job.kernels.real_bytes * (
+        (job.D_cols if job.dk.dtype != FA_NONE else 0) + (job.Dv_cols if job.dv.dtype != FA_NONE else 0))
+
+cdef inline char *dv_sums(const Job *job, const Workspace *ws) noexcept nogil:
+    return <char *> reals(job, ws.own, job.Lk * job.D_cols) if job.dk.dtype != FA_NONE else ws.own
 
 cdef void backward_head(const Job *job, Workspace *ws, int64_t head, const void *more) noexcept nogil:
-    cdef char *dk = ws.own
-    cdef char *dv = values_sums(job, dk)
     cdef int64_t block
-    if job.dk.dtype != FA_NONE:
-        memset(dk, 0, job.Lk * job.D_cols * job.kernels.real_bytes)
-    if job.dv.dtype != FA_NONE:
-        memset(dv, 0, job.Lk * job.Dv_cols * job.kernels.real_bytes)
+    memset(ws.own, 0, <size_t> sums_bytes(job))
     for block in range(job.blocks):
-        backward_block(job, ws, head, block, dk, dv, NULL, NULL)
-    store_dkv(job, head, dk, dv, 0, job.Lk)
+        backward_block(job, ws, head, block, ws.own, dv_sums(job, ws), NULL, NULL)
+    store_dkv(job, head, ws.own, dv_sums(job, ws), 0, job.Lk)
 
-cdef void backward_shared_block(const Job *job, Workspace *ws, int64_t block, const void *sums_) noexcept nogil:
-    cdef const Sums *sums = <const Sums *> sums_
-    backward_block(job, ws, sums.head, block, sums.dk, sums.dv, sums.passed + block, sums.passed + block + 1)
+cdef void backward_shared_block(const Job *job, Workspace *ws, int64_t item, const void *shared_) noexcept nogil:
+    cdef const Shared *shared = <const Shared *> shared_
+    cdef int64_t n = item % shared.count, block = item // shared.count
+    cdef const Workspace *sums = shared.spaces + n
+    cdef int64_t *passed = shared.passed + n * (job.blocks + 1) + block
+    backward_block(job, ws, shared.first + n, block, sums.own, dv_sums(job, sums), passed, passed + 1)
 
-cdef void store_shared_keys(const Job *job, Workspace *ws, int64_t tile, const void *sums_) noexcept nogil:
-    cdef const Sums *sums = <const Sums *> sums_
-    store_dkv(job, sums.head, sums.dk, sums.dv, tile * job.Bc, min(job.Lk, (tile + 1) * job.Bc))
+cdef void store_shared_keys(const Job *job, Workspace *ws, int64_t item, const void *shared_) noexcept nogil:
+    cdef const Shared *shared = <const Shared *> shared_
+    cdef int64_t n = item % shared.count, tile = item // shared.count
+    cdef const Workspace *sums = shared.spaces + n
+    store_dkv(job, shared.first + n, sums.own, dv_sums(job, sums), tile * job.Bc, min(job.Lk, (tile + 1) * job.Bc))
 
 
 # ---- dbias ----------------------------------------------------------------------------------------

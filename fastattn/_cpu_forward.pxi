@@ -100,7 +100,7 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care) noexc
             x.depth = ceil_div(n, kr.pair)
             x.alpha = ws.alpha if moved else NULL
             x.row_depth = ws.row_depth
-            if care == USUAL:
+            if care == USUAL or kr.right_finite(ws.v_right, ws.ldv, ceil_div(k1 - k0, kr.pair), job.Dv_cols):
                 kr.accumulate(&x)
             else:
                 which.keep = ws.keep
@@ -141,7 +141,7 @@ cdef bint finish_rows(const Job *job, Workspace *ws, int care) noexcept nogil:
             if job.sinks != NULL and (job.q_lens == NULL or i < job.q_lens[ws.b]):
                 lse = get(kr, job.sinks, ws.head[r])
         else:
-            if care < CARES - 1 and total == total and not kr.all_finite(o, job.Dv_cols, 1, job.Dv_cols):
+            if care < CARES - 1 and total == total and not kr.row_finite(o, job.Dv_cols):
                 all_settled = False
                 continue
             top = get(kr, ws.row_max, r)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import ml_dtypes
 import numpy as np
+import pytest
 
-from fastattn import _cpu
+from fastattn import _cpu, testing
 from fastattn.attention import attention_backward, attention_forward
 from fastattn.testing import assert_forward, assert_gradients, live_pairs
 
@@ -19,9 +20,45 @@ DTYPES = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
+# Every row of the kernel table, but for those that repeat a row of a lower ISA: the same kernels.
+_ROWS = {
+    tuple(row[key] for key in row if key != "isa"): row for row in _cpu.kernel_table()[::-1]
+}
+KERNELS = list(_ROWS.values())[::-1]
 RUNNABLE_ISAS = [row["name"] for row in _cpu.isa_table() if not row["missing"]]
 GRADIENTS = ("dq", "dk", "dv", "dbias", "dsinks", "dalibi_slopes")
 inf, nan = np.inf, np.nan
+
+all_kernels = pytest.mark.parametrize(
+    ("isa", "dtype"),
+    [pytest.param(row["isa"], DTYPES[row["dtype"]], id="{isa}-{dtype}".format(**row)) for row in KERNELS],
+    indirect=["isa"],
+)  # fmt: skip
+
+
+def _remembered(oracle, size=16):
+    """The oracle's answers do not depend on the ISA: it is asked once for each problem."""
+    answers = {}
+
+    def digest(x):
+        if isinstance(x, np.ndarray):
+            return x.shape, x.dtype, x.tobytes()
+        if isinstance(x, (tuple, list)):
+            return tuple(map(digest, x))
+        return repr(x)
+
+    def ask(reference, arrays, q, pairs, **given):
+        key = reference, digest(arrays), pairs, digest(sorted(given.items()))
+        if key not in answers:
+            if len(answers) == size:
+                del answers[next(iter(answers))]
+            answers[key] = oracle(reference, arrays, q, pairs, **given)
+        return answers[key]
+
+    return ask
+
+
+testing._exact_and_plain = _remembered(testing._exact_and_plain)
 
 
 def acc_of(dtype):

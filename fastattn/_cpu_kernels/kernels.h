@@ -124,7 +124,9 @@ typedef struct {
     void (*accumulate)(const fa_product *x);
     // The same bits where all is finite, but an excluded pair's right operand is not read.
     void (*accumulate_selected)(const fa_product *x, const fa_selection *which);
-    int (*all_finite)(const void *b, ptrdiff_t ld, int rows, int cols);
+    // Whether a right operand / a row of reals holds no NaN and no infinity.
+    int (*right_finite)(const void *b, ptrdiff_t ld, int rows, int cols);
+    int (*row_finite)(const void *x, int n);
     // Returns whether a score was -inf: such a pair is excluded too, though keep does not say so.
     int (*backward_tile)(const fa_backward_tile *x, int panel, int keys);
     // sum[i] += x[i]

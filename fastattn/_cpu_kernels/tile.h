@@ -57,6 +57,17 @@ INLINE vr u_madd(vr c, uv a, uv b) { return c + a * b; }
 
 // ---- packing ---------------------------------------------------------------------------------
 
+// Of n reals, whole vectors. x - x is 0, and NaN where x is not finite; so is the sum.
+static int row_finite(const void *x_, int n) {
+    const real *x = x_;
+    vr sum = {};
+    for (int i = 0; i < n; i += V_LANES) {
+        vr v = v_loadu(x + i);
+        sum += v - v;
+    }
+    return v_bits(sum == sum) == (1u << V_LANES) - 1;
+}
+
 // Transposes words of a real's size: dst[col][panel] from rows that hold them side by side.
 // `words` copies n words of a row from column `col` on, zeros where the row has no more.
 typedef void words_fn(real *dst, const fa_rows *src, int row, int col, int n);
@@ -138,7 +149,7 @@ static void pack_right(void *dst_, ptrdiff_t ld, const fa_rows *src) {
         }
     }
 }
-static int all_finite(const void *b_, ptrdiff_t ld, int rows, int cols) {
+static int right_finite(const void *b_, ptrdiff_t ld, int rows, int cols) {
     const uint16_t *b = b_;
     uint16_t worst = 0;
     for (int r = 0; r < rows; r++)
@@ -163,16 +174,10 @@ static void pack_right(void *dst_, ptrdiff_t ld, const fa_rows *src) {
     }
 }
 static void pack_left(void *dst, ptrdiff_t ld, const fa_rows *src) { pack_right(dst, ld, src); }
-// x - x is 0, and NaN where x is not finite; so is the sum.
-static int all_finite(const void *b_, ptrdiff_t ld, int rows, int cols) {
-    const real *b = b_;
-    vr sum = {};
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < cols; c += V_LANES) {
-            vr x = v_loadu(b + r * ld + c);
-            sum += x - x;
-        }
-    return v_bits(sum == sum) == (1u << V_LANES) - 1;
+static int right_finite(const void *b, ptrdiff_t ld, int rows, int cols) {
+    int finite = 1;
+    for (int r = 0; r < rows; r++) finite &= row_finite((const real *)b + r * ld, cols);
+    return finite;
 }
 #endif
 
@@ -634,7 +639,8 @@ const fa_kernels FA_SET = {
     .softmax = softmax,
     .accumulate = accumulate,
     .accumulate_selected = accumulate_selected,
-    .all_finite = all_finite,
+    .right_finite = right_finite,
+    .row_finite = row_finite,
     .backward_tile = backward_tile,
     .add_tile = add_tile,
     .add_distances = add_distances,
