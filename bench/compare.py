@@ -41,7 +41,6 @@ from report import Measurement, markdown, plot, rate_tables, write_json
 from workers import Meter, Runner, Worker, WorkerError
 
 PEAK_SECONDS = 0.03
-PAUSE_SECONDS = 0.01  # for idle thread pools to go to sleep before the next candidate's slot
 MAX_COPIES = 64
 NOISY = 0.05
 # The arithmetic each dtype is computed in: float16 is widened on today's CPUs.
@@ -166,7 +165,6 @@ def measure(
     running = [name for name in wanted if results[name].status == "ok"]
     for _ in range(options.rounds):
         for name in order.sample(running, len(running)):
-            time.sleep(PAUSE_SECONDS)
             seconds = wanted[name].call("time", options.slot)
             results[name].seconds.append(median(seconds))
             results[name].fastest = min(results[name].fastest, *seconds)

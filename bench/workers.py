@@ -6,7 +6,7 @@ that serves it; the parent sends one request at a time and everybody else sleeps
 
     parent:  Worker(Runner, env, "torch", 2).call("prepare", case)
                  | pipe
-    child:   Runner("torch", 2).prepare(case)
+    child:   Runner("torch", 2).prepare(case), then waits until its threads sleep
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from peers import PEERS
 
 MAX_CALLS_PER_SLOT = 64
 PEAK_TRIES = 3
+REST_SECONDS = 0.01  # a few ticks of the clock that counts CPU time
+SETTLE_SECONDS = 0.5
 READ_BYTES = 256 << 20
 
 
@@ -100,7 +102,18 @@ def _serve(pipe, factory: type, args: tuple) -> None:
             answer = True, getattr(target, method)(*arguments)
         except Exception as error:
             answer = False, f"{type(error).__name__}: {error}"
+        _settle()
         pipe.send(answer)
+
+
+def _settle() -> None:
+    """Wait until this process rests: thread pools spin for a while after their last task."""
+    deadline = time.perf_counter() + SETTLE_SECONDS
+    while time.perf_counter() < deadline:
+        before = time.process_time()
+        time.sleep(REST_SECONDS)
+        if time.process_time() - before < REST_SECONDS / 10:
+            return
 
 
 class Runner:

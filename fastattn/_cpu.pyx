@@ -114,6 +114,7 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
     const fa_isa *fa_isas
     int fa_isa_count
     const char *fa_isa_missing(const char *)
+    const char *fa_isa_slow(const char *)
     void fa_publish(int64_t *, int64_t)
     void fa_wait_above(const int64_t *, int64_t)
     int64_t fa_next(int64_t *)
@@ -205,7 +206,7 @@ cdef const fa_isa *find_isa(name, who) except NULL:
     raise ValueError(f"{who} is {name!r}; expected one of: {names}")
 
 cdef const fa_isa *isa() except NULL:
-    """FASTATTN_CPU_ISA, else the highest that runs here; looked up once."""
+    """FASTATTN_CPU_ISA, else the highest that runs here and is not slow; looked up once."""
     global isa_in_use
     cdef int i
     if isa_in_use == NULL:
@@ -214,7 +215,7 @@ cdef const fa_isa *isa() except NULL:
             isa_in_use = find_isa(forced, "FASTATTN_CPU_ISA")
         else:
             for i in range(fa_isa_count):
-                if fa_isa_missing(fa_isas[i].name)[0] == 0:
+                if fa_isa_missing(fa_isas[i].name)[0] == 0 and fa_isa_slow(fa_isas[i].name)[0] == 0:
                     isa_in_use = &fa_isas[i]
     return isa_in_use
 
@@ -238,9 +239,11 @@ def use_isa(name):
     return before
 
 def isa_table():
-    """Every ISA that was built, lowest rank first: name, requires, missing ("" if it runs here)."""
+    """Every ISA that was built, lowest rank first: name, requires, missing ("" if it runs here), slow
+    (why it is not chosen by itself, or "")."""
     return [dict(name=fa_isas[i].name.decode(), requires=fa_isas[i].requires.decode(),
-                 missing=fa_isa_missing(fa_isas[i].name).decode()) for i in range(fa_isa_count)]
+                 missing=fa_isa_missing(fa_isas[i].name).decode(),
+                 slow=fa_isa_slow(fa_isas[i].name).decode()) for i in range(fa_isa_count)]
 
 def kernel_table():
     """Every kernel set: isa, dtype, and its tile sizes."""

@@ -97,25 +97,26 @@ def isa() -> dict[str, str | None]:
         return {"name": None, "why": str(error)}
     if name == os.environ.get("FASTATTN_CPU_ISA"):
         return {"name": name, "why": "FASTATTN_CPU_ISA says so"}
-    highest = [row["name"] for row in _cpu.isa_table() if not row["missing"]][-1]
-    why = "the highest that runs here" if name == highest else "chosen by this process"
+    highest = [row["name"] for row in _cpu.isa_table() if not row["missing"] + row["slow"]][-1]
+    why = "the highest that runs well here" if name == highest else "chosen by this process"
     return {"name": name, "why": why}
 
 
 def isas() -> list[dict[str, Any]]:
-    """Every ISA, lowest rank first: name, requires, and what stands in the way ("" if it runs)."""
+    """Every ISA, lowest rank first: name, requires, missing and slow: what stands in the way."""
     rows = [
         {
             "name": row["name"],
             "requires": row["requires"],
             "missing": f"this machine lacks {row['missing']}" if row["missing"] else "",
+            "slow": row["slow"],
         }
         for row in _cpu.isa_table()
     ]
     built = {row["name"] for row in rows}
     for name, flags in _cpu.build_info()["flags"].items():
         if name not in built:
-            rows.append({"name": name, "requires": "", "missing": flags})
+            rows.append({"name": name, "requires": "", "missing": flags, "slow": ""})
     return rows
 
 
@@ -151,7 +152,10 @@ def as_text(facts: dict[str, Any]) -> str:
     version = facts["versions"]
     build = facts["build"]
     chosen = facts["isa"]
-    runs = [[row["name"], row["missing"] or "runs here", row["requires"]] for row in facts["isas"]]
+    runs = [
+        [row["name"], row["missing"] or row["slow"] or "runs here", row["requires"]]
+        for row in facts["isas"]
+    ]
     kernels = [list(facts["kernels"][0]), *(list(row.values()) for row in facts["kernels"])]
     lines = [
         f"fastattn {version['fastattn']}",

@@ -21,7 +21,7 @@ def facts():
 def run_python(*arguments, **environment):
     """A new interpreter's outcome; variables of FASTATTN_ are only those given here."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("FASTATTN_")}
-    command = [sys.executable, *arguments]
+    command = [sys.executable, "-P", *arguments]  # the installed package, wherever this runs
     return subprocess.run(
         command, env={**inherited, **environment}, capture_output=True, text=True, timeout=60
     )

@@ -157,6 +157,8 @@ extern const fa_isa fa_isas[];
 extern const int fa_isa_count;
 // What this machine lacks for it; "" if it can run here.
 const char *fa_isa_missing(const char *name);
+// Why it is not to be chosen by itself though it can run here; "" if it may.
+const char *fa_isa_slow(const char *name);
 
 // One thread tells the others how far it is, and they wait for it.
 static inline void fa_publish(int64_t *progress, int64_t value) {
