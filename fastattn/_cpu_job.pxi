@@ -266,6 +266,8 @@ cdef void fill_job(Job *job, problem, bint backward) except *:
     job.group = max(1, <int64_t> problem.group)
     job.Lq = problem.Lq
     job.Lk = problem.Lk
+    if max(problem.D, problem.Dv) > 1 << 30:
+        raise MemoryError(f"no memory for rows of D = {problem.D} and Dv = {problem.Dv} elements")
     job.D = problem.D
     job.Dv = problem.Dv
     job.D_units = ceil_div(job.D, kr.pair)
@@ -323,9 +325,11 @@ cdef void fill_job(Job *job, problem, bint backward) except *:
 
 
 cdef int team_size(const Job *job, int threads, int64_t items) noexcept nogil:
-    """Threads worth waking: one for each half million multiply-adds, and no more than items."""
+    """Threads worth waking: one for each half million multiply-adds, no more than items, and never
+    so many that the system might refuse them, for which GCC's OpenMP ends the process."""
     cdef double work = <double> job.batch * job.Hq * job.Lq * job.Lk * (job.D + job.Dv)
-    return <int> max(1, min(<double> threads, min(<double> items, 1 + work / 524288)))
+    cdef int most = max(64, 4 * openmp.omp_get_num_procs())
+    return <int> max(1, min(<double> min(threads, most), min(<double> items, 1 + work / 524288)))
 
 cdef Workspace *make_workspaces(const Job *job, int threads, double extra_bytes, char **memory) except NULL:
     """One Workspace a thread, with `extra_bytes` behind each; free memory[0] once, after use."""
