@@ -1,0 +1,180 @@
+"""The ISAs: the environment's choice, the default, use_isa, and that all compute the same."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from helpers import (
+    DTYPES, LK, LQ, OPTIONS, RUNNABLE_ISAS, acc_of, bits, make_case, option_case, run_python,
+)  # fmt: skip
+
+from fastattn import _cpu
+from fastattn.testing import EPS
+
+NAMES = [row["name"] for row in _cpu.isa_table()]
+MISSING = {row["name"]: row["missing"] for row in _cpu.isa_table() if row["missing"]}
+
+
+@pytest.fixture
+def restored():
+    before = _cpu.current_isa()
+    yield before
+    _cpu.use_isa(before)
+
+
+def digest(dtype="bfloat16"):
+    """A hash of all results, which rounding makes another one on each ISA."""
+    case = make_case(np.random.default_rng(0), DTYPES[dtype], Lq=50, Lk=150, D=40, softcap=2.0)
+    results = case.run()
+    return hashlib.sha256(b"".join(map(bits, results.values()))).hexdigest()
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_isa_table():
+    order = ["portable", "avx2", "avx512", "avx512_bf16"]
+    assert NAMES == [name for name in order if name in NAMES]
+    assert _cpu.isa_table()[0] == dict(
+        name="portable", requires="nothing beyond the baseline", missing=""
+    )
+
+
+def test_kernel_table_has_every_dtype_of_every_isa():
+    rows = _cpu.kernel_table()
+    assert [(row["isa"], row["dtype"]) for row in rows] == [
+        (isa, dtype) for isa in NAMES for dtype in DTYPES
+    ]
+    for row in rows:
+        native = "f64" if row["dtype"] == "float64" else "f32"
+        assert row["arithmetic"] in (native, "bf16" if row["dtype"] == "bfloat16" else native)
+        sizes = [row[name] for name in ("lanes", "Br", "Bc", "Br_backward", "Bc_backward")]
+        assert all(isinstance(size, int) and size > 0 for size in sizes)
+        assert all(size % row["lanes"] == 0 for size in sizes)
+
+
+# ---------------------------------------------------------------- FASTATTN_CPU_ISA
+
+
+@pytest.mark.parametrize("name", ["sse2", "AVX2", "avx2 ", "avx10"])
+def test_an_unknown_name_is_refused_and_the_names_are_listed(name):
+    printed = run_python(
+        """
+        import numpy as np
+        import fastattn
+        q = np.zeros((1, 2, 3))
+        for _ in range(2):
+            try:
+                fastattn.scaled_dot_product_attention(q, q, q)
+            except ValueError as error:
+                print(error)
+        """,
+        FASTATTN_CPU_ISA=name,
+    )
+    message = f"FASTATTN_CPU_ISA is {name!r}; expected one of: {', '.join(NAMES)}\n"
+    assert printed == 2 * message
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", RUNNABLE_ISAS)
+def test_the_name_given_is_the_isa_that_runs(name, dtype, restored):
+    """Shown by the bits, which are those of use_isa here, and not those of any other ISA."""
+    code = f"""
+        from fastattn import _cpu
+        import test_isa
+        print(_cpu.current_isa(), test_isa.digest({dtype!r}))
+    """
+    digests = {}
+    rows = {(row["isa"], row["dtype"]): row for row in _cpu.kernel_table()}
+    for isa in RUNNABLE_ISAS:
+        _cpu.use_isa(isa)
+        kernels = {key: x for key, x in rows[isa, dtype].items() if key != "isa"}
+        digests.setdefault(digest(dtype), []).append((isa, kernels))
+    for sharing in digests.values():  # only where the kernels are the same
+        assert all(kernels == sharing[0][1] for _, kernels in sharing)
+    current, child = run_python(code, FASTATTN_CPU_ISA=name).split()
+    assert current == name
+    assert name in [isa for isa, _ in digests[child]]
+
+
+def test_the_default_is_the_highest_that_runs():
+    run = """
+        import os
+        os.environ.pop("FASTATTN_CPU_ISA", None)
+        from fastattn import _cpu
+        print(_cpu.current_isa())
+    """
+    assert run_python(run).split() == [RUNNABLE_ISAS[-1]]
+
+
+def test_the_variable_is_read_once_at_the_first_use():
+    run_python("""
+        import os
+        os.environ["FASTATTN_CPU_ISA"] = "no such name"
+        from fastattn import _cpu
+        os.environ["FASTATTN_CPU_ISA"] = "portable"
+        assert _cpu.current_isa() == "portable"
+        os.environ["FASTATTN_CPU_ISA"] = "no such name"
+        assert _cpu.current_isa() == "portable"
+    """)
+
+
+@pytest.mark.skipif(not MISSING, reason="every ISA that was built can run on this machine")
+def test_an_isa_that_cannot_run_is_refused_and_says_what_is_missing():
+    for name, missing in MISSING.items():
+        message = f"is {name!r}, which cannot run here: this machine lacks {missing}"
+        with pytest.raises(RuntimeError, match=f"^name {message}$"):
+            _cpu.use_isa(name)
+        code = """
+            from fastattn import _cpu
+            try:
+                _cpu.current_isa()
+            except RuntimeError as error:
+                print(error)
+        """
+        assert run_python(code, FASTATTN_CPU_ISA=name).strip() == f"FASTATTN_CPU_ISA {message}"
+
+
+# ---------------------------------------------------------------- use_isa
+
+
+def test_use_isa_gives_back_the_one_before(restored):
+    last = restored
+    for name in [*RUNNABLE_ISAS, *RUNNABLE_ISAS[::-1]]:
+        assert _cpu.use_isa(name) == last
+        assert _cpu.current_isa() == name
+        last = name
+
+
+@pytest.mark.parametrize("name", ["neon", "", None, 3], ids=repr)
+def test_use_isa_refuses_unknown_names(name, restored):
+    with pytest.raises(ValueError) as error:
+        _cpu.use_isa(name)
+    assert str(error.value) == f"name is {name!r}; expected one of: {', '.join(NAMES)}"
+    assert _cpu.current_isa() == restored
+
+
+# ---------------------------------------------------------------- all compute the same
+
+
+@pytest.mark.parametrize("options", ["none", "lower_right", "sinks_of_dead_rows", "everything"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", RUNNABLE_ISAS[1:])
+def test_isas_agree(name, dtype, options, rng, restored):
+    assert OPTIONS and LQ and LK
+    case = option_case(rng, DTYPES[dtype], options)
+    _cpu.use_isa("portable")
+    expected = case.run()
+    _cpu.use_isa(name)
+    actual = case.run()
+    assert actual.keys() == expected.keys()
+    for result, x in expected.items():
+        y, acc = actual[result].astype(np.float64), acc_of(DTYPES[dtype])
+        x, eps = x.astype(np.float64), max(EPS[dtype], EPS[x.dtype.name], EPS[acc.name])
+        np.testing.assert_array_equal(y == -np.inf, x == -np.inf)
+        live = np.isfinite(x)
+        bound = 16 * eps * abs(x[live]).max(initial=0)
+        np.testing.assert_allclose(y[live], x[live], rtol=0, atol=bound, err_msg=result)
+        dead = (x == 0) if result in ("out", "dq") else np.zeros(x.shape, bool)
+        rows = dead.all(axis=-1)
+        assert not y[rows].any(), f"{result}: rows that are dead on one ISA only"
