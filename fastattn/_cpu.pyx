@@ -181,10 +181,11 @@ def backward(problem, cnp.ndarray dout not None, cnp.ndarray out not None, cnp.n
     threads = num_threads_for(problem.num_threads)
     if any(gradient is not None for gradient in (dq, dk, dv, dsinks, dalibi_slopes)):
         backward_heads(&job, threads)
-    if dsinks is not None:
-        dsinks[...] = sink_sums.sum(axis=1)
-    if dalibi_slopes is not None:
-        dalibi_slopes[...] = slope_sums.sum(axis=1)
+    with numpy.errstate(all="ignore"):  # a NaN or an infinity is a result, not news
+        if dsinks is not None:
+            dsinks[...] = sink_sums.sum(axis=1)
+        if dalibi_slopes is not None:
+            dalibi_slopes[...] = slope_sums.sum(axis=1)
     if dbias is not None:
         set_array(&job.dbias, dbias, job.lead_dims)
         backward_bias(&job, threads, list(zip(dbias.shape, dbias.strides))[:dbias.ndim - 2])
