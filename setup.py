@@ -24,8 +24,9 @@ from setuptools.modified import newer_group
 
 KERNELS = Path("fastattn", "_cpu_kernels")
 
-# Never -ffast-math, which breaks the logic of -inf and NaN; contraction is its one useful part.
-COMMON = "-std=gnu11 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math".split()
+# Never -ffast-math, which breaks the logic of -inf and NaN. No contraction by the compiler either:
+# kernels that must round alike say where a multiplication and an addition are one (v_fma).
+COMMON = "-std=gnu11 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 AVX2 = "-mavx2 -mfma -mf16c".split()
 AVX512 = [*AVX2, *"-mavx512f -mavx512dq -mavx512bw -mavx512vl".split()]
 

@@ -390,7 +390,7 @@ cdef void backward_bias(const Job *job, int threads, axes) except *:
     tasks.row_span = job.Lq if job.dbias.row == 0 else job.Br
     tasks.key_span = job.Lk if job.dbias.col == 0 else job.Bc
     count = len(owners) * tasks.rows * tasks.keys
-    if count == 0:
+    if count == 0 or job.Lq == 0 or job.Lk == 0:
         return
     team = team_size(job, threads, count)
     spaces = make_workspaces(job, team, 0, &memory)

@@ -21,9 +21,7 @@ DTYPES = {
     "float64": np.dtype(np.float64),
 }
 # Every row of the kernel table, but for those that repeat a row of a lower ISA: the same kernels.
-_ROWS = {
-    tuple(row[key] for key in row if key != "isa"): row for row in _cpu.kernel_table()[::-1]
-}
+_ROWS = {tuple(row[key] for key in row if key != "isa"): row for row in _cpu.kernel_table()[::-1]}
 KERNELS = list(_ROWS.values())[::-1]
 RUNNABLE_ISAS = [row["name"] for row in _cpu.isa_table() if not row["missing"]]
 GRADIENTS = ("dq", "dk", "dv", "dbias", "dsinks", "dalibi_slopes")
@@ -31,9 +29,10 @@ inf, nan = np.inf, np.nan
 
 all_kernels = pytest.mark.parametrize(
     ("isa", "dtype"),
-    [pytest.param(row["isa"], DTYPES[row["dtype"]], id="{isa}-{dtype}".format(**row)) for row in KERNELS],
+    [(row["isa"], DTYPES[row["dtype"]]) for row in KERNELS],
+    ids=["{isa}-{dtype}".format(**row) for row in KERNELS],
     indirect=["isa"],
-)  # fmt: skip
+)
 
 
 def _remembered(oracle, size=16):
@@ -136,6 +135,12 @@ def make_case(rng, dtype, *, lead=(), Hq=2, Hkv=None, Lq, Lk, D, Dv=None, dlse=T
     )
 
 
+def shape_id(shape):
+    """The id of a test whose parameter is a dict of sizes."""
+    sizes = (f"{k}{'x'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in shape.items())
+    return "-".join(sizes)
+
+
 def bits(x):
     """The bytes of the elements in C order."""
     return np.ascontiguousarray(x).tobytes()
@@ -205,9 +210,7 @@ OPTIONS = {
     "bias_of_rows": lambda rng: dict(bias=_float_mask(rng, HQ, LQ, 1)),
     "bias_of_heads": lambda rng: dict(bias=rng.standard_normal((HQ, 1, 1)).astype(np.float32)),
     "bias_of_batch": lambda rng: dict(bias=rng.standard_normal((2, 1, LQ, LK))),
-    "bias_bfloat16": lambda rng: dict(
-        bias=_float_mask(rng, HQ, 1, LK, dtype=DTYPES["bfloat16"])
-    ),
+    "bias_bfloat16": lambda rng: dict(bias=_float_mask(rng, HQ, 1, LK, dtype=DTYPES["bfloat16"])),
     "bias_float64": lambda rng: dict(bias=_float_mask(rng, LQ, LK, dtype=np.float64)),
     "mask_and_bias": lambda rng: dict(
         attn_mask=_float_mask(rng, LQ, LK), bias=_float_mask(rng, HQ, 1, LK)
@@ -246,18 +249,26 @@ OPTIONS = {
     "sinks_of_dead_rows": lambda rng: dict(
         sinks=rng.standard_normal(HQ), kv_lens=[5, 0], q_lens=[LQ, 9]
     ),
-    "sinks_bfloat16": lambda rng: dict(
-        sinks=rng.standard_normal(HQ).astype(DTYPES["bfloat16"])
-    ),
+    "sinks_bfloat16": lambda rng: dict(sinks=rng.standard_normal(HQ).astype(DTYPES["bfloat16"])),
     "dropout": lambda rng: dict(dropout_p=0.3, seed=2**64 - 1),
     "dropout_all": lambda rng: dict(dropout_p=1.0, seed=5),
     "dropout_window": lambda rng: dict(dropout_p=0.1, seed=1 << 33, window_size=(9, 9)),
     "everything": lambda rng: dict(
-        attn_mask=rng.random((2, 1, LQ, LK)) < 0.9, bias=_float_mask(rng, HQ, 1, LK),
-        is_causal=True, causal_offset=[20, 33], window_size=(30, 4), q_lens=[LQ, 30],
-        kv_lens=[60, LK], scale=0.3, softcap=5.0, dropout_p=0.2, seed=7,
-        q_segment_ids=np.arange(LQ) // 30, kv_segment_ids=np.arange(LK) // 60,
-        alibi_slopes=rng.random(HQ).astype(np.float32), sinks=rng.standard_normal(HQ),
+        attn_mask=rng.random((2, 1, LQ, LK)) < 0.9,
+        bias=_float_mask(rng, HQ, 1, LK),
+        is_causal=True,
+        causal_offset=[20, 33],
+        window_size=(30, 4),
+        q_lens=[LQ, 30],
+        kv_lens=[60, LK],
+        scale=0.3,
+        softcap=5.0,
+        dropout_p=0.2,
+        seed=7,
+        q_segment_ids=np.arange(LQ) // 30,
+        kv_segment_ids=np.arange(LK) // 60,
+        alibi_slopes=rng.random(HQ).astype(np.float32),
+        sinks=rng.standard_normal(HQ),
     ),  # fmt: skip
 }
 

@@ -15,6 +15,7 @@ from helpers import (
     bits,
     make_case,
     option_case,
+    shape_id,
 )
 
 import fastattn
@@ -26,11 +27,6 @@ def check_forward(case):
     out, lse = case.forward()
     assert_forward(case.q, case.k, case.v, out, lse, **case.options)
     return out, lse
-
-
-def shape_id(shape):
-    sizes = (f"{k}{'x'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in shape.items())
-    return "-".join(sizes)
 
 
 def beside(*sizes):

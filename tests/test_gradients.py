@@ -15,6 +15,7 @@ from helpers import (
     assert_same_bits,
     make_case,
     option_case,
+    shape_id,
 )
 from numpy.testing import assert_allclose
 
@@ -41,11 +42,6 @@ SHAPES = [
     dict(Lq=5, Lk=7, D=4, lead=(2, 0, 3)),
     dict(Lq=5, Lk=7, D=4, Hq=0),
 ]
-
-
-def shape_id(shape):
-    sizes = (f"{k}{'x'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in shape.items())
-    return "-".join(sizes)
 
 
 @all_kernels

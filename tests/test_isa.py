@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 from helpers import (
-    DTYPES, LK, LQ, OPTIONS, RUNNABLE_ISAS, acc_of, bits, make_case, option_case, run_python,
+    DTYPES, RUNNABLE_ISAS, acc_of, bits, make_case, option_case, run_python,
 )  # fmt: skip
 
 from fastattn import _cpu
@@ -35,9 +35,12 @@ def digest(dtype="bfloat16"):
 def test_isa_table():
     order = ["portable", "avx2", "avx512", "avx512_bf16"]
     assert NAMES == [name for name in order if name in NAMES]
-    assert _cpu.isa_table()[0] == dict(
-        name="portable", requires="nothing beyond the baseline", missing=""
-    )
+    for row in _cpu.isa_table():
+        assert row.keys() == {"name", "requires", "missing", "slow"}
+        assert all(isinstance(text, str) for text in row.values())
+    portable = _cpu.isa_table()[0]
+    assert portable["name"] == "portable"
+    assert portable["missing"] == portable["slow"] == ""
 
 
 def test_kernel_table_has_every_dtype_of_every_isa():
@@ -97,14 +100,15 @@ def test_the_name_given_is_the_isa_that_runs(name, dtype, restored):
     assert name in [isa for isa, _ in digests[child]]
 
 
-def test_the_default_is_the_highest_that_runs():
+def test_the_default_is_the_highest_that_runs_and_is_not_slow():
     run = """
         import os
         os.environ.pop("FASTATTN_CPU_ISA", None)
         from fastattn import _cpu
         print(_cpu.current_isa())
     """
-    assert run_python(run).split() == [RUNNABLE_ISAS[-1]]
+    good = [row["name"] for row in _cpu.isa_table() if not row["missing"] and not row["slow"]]
+    assert run_python(run).split() == [good[-1]]
 
 
 def test_the_variable_is_read_once_at_the_first_use():
@@ -161,7 +165,6 @@ def test_use_isa_refuses_unknown_names(name, restored):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", RUNNABLE_ISAS[1:])
 def test_isas_agree(name, dtype, options, rng, restored):
-    assert OPTIONS and LQ and LK
     case = option_case(rng, DTYPES[dtype], options)
     _cpu.use_isa("portable")
     expected = case.run()

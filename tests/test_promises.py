@@ -22,7 +22,12 @@ from helpers import (
     option_case,
 )
 
-from fastattn.testing import assert_forward, excluded_pairs
+from fastattn.testing import (
+    assert_forward,
+    excluded_pairs,
+    reference_backward,
+    reference_forward,
+)
 
 # ---------------------------------------------------------------- ways to exclude pairs
 
@@ -42,7 +47,7 @@ EXCLUSIONS = {
         window_size=(Lk // 3, Lk // 4), causal_offset=Lk // 3
     ),
     "kv_lens": lambda B, H, Lq, Lk, rng: dict(kv_lens=[Lk // 2 + 1, Lk - 1][:B]),
-    "q_lens": lambda B, H, Lq, Lk, rng: dict(q_lens=[Lq // 2, Lq][-B:]),
+    "q_lens": lambda B, H, Lq, Lk, rng: dict(q_lens=[Lq // 2, Lq][:B]),
     "segments": lambda B, H, Lq, Lk, rng: dict(
         q_segment_ids=_segments(Lq, [3, 6]), kv_segment_ids=_segments(Lk, [2, 5])
     ),
@@ -74,10 +79,6 @@ def huge(dtype):
     return {"float16": 6e4, "bfloat16": 3e38, "float32": 3e38, "float64": 1e308}[dtype.name]
 
 
-def poisons(dtype):
-    return [nan, inf, -inf, huge(dtype)]
-
-
 def poisoned(x, where, value):
     x = x.copy()
     x[where] = value
@@ -104,6 +105,7 @@ def ways_to_die(B, H, Lq, Lk):
     last = np.zeros((B, 1, Lq, 1), bool)
     last[-1, :, [2, 4]] = True
     half = np.arange(Lk) < Lk // 2
+    near = abs(np.arange(Lq)[:, None] - np.arange(Lk)) < 5
     return {
         "bool_mask": dict(attn_mask=~last),
         "bool_mask_full": dict(attn_mask=np.broadcast_to(~last, (B, H, Lq, Lk)).copy()),
@@ -127,9 +129,7 @@ def ways_to_die(B, H, Lq, Lk):
         "empty_segment": dict(
             q_segment_ids=np.where(rows[:, 0], 7, 0), kv_segment_ids=np.zeros(Lk, int)
         ),
-        "window_and_mask": dict(
-            window_size=(4, 4), attn_mask=~(rows & (abs(np.arange(Lq)[:, None] - np.arange(Lk)) < 5))
-        ),
+        "window_and_mask": dict(window_size=(4, 4), attn_mask=~(rows & near)),
         "mask_and_softcap": dict(attn_mask=~last, softcap=2.0),
         "mask_and_alibi": dict(attn_mask=~last, alibi_slopes=np.ones(H, "f")),
         "mask_and_dropout": dict(attn_mask=~last, dropout_p=0.5, seed=9),
@@ -247,25 +247,24 @@ class TestExcludedMeansWithoutInfluence:
         case = exclusion_case(rng, dtype, name, size)
         live, expected = case.live(), case.run()
         Lk = case.k.shape[-2]
-        for j, value in zip((0, Lk // 2, Lk - 2, Lk - 1), [nan, huge(dtype), inf, nan]):
+        for j, value in zip((Lk // 2, Lk - 2, Lk - 1), [nan, huge(dtype), inf]):
             sees = live[..., j]
-            both = case.with_(
-                k=poisoned(case.k, np.s_[..., j, :], value),
-                v=poisoned(case.v, np.s_[..., j, 3], value),
-            )
-            results = both.run()
+            k = poisoned(case.k, np.s_[..., j, :], value)
+            v = poisoned(case.v, np.s_[..., j, 3], value)
+            results = case.with_(k=k, v=v).run()
             assert_rows_untouched(results, expected, ~sees, ["out", "lse", "dq"])
-            v_only = case.with_(v=both.v).run()
-            assert_same_bits(v_only["lse"], expected["lse"])
-            assert_rows_untouched(v_only, expected, ~sees, ["out", "dq"])
-            if np.isnan(value):
-                assert np.isnan(results["lse"][sees]).all()
-                assert np.isnan(v_only["out"][..., 3][sees]).all()
-                assert np.isfinite(v_only["out"][..., :3]).all()
-                # dk, dv of other keys: those no poisoned row sees keep every bit
-                tainted = of_kv_heads(live & sees[..., None], case.k.shape[-3]).any(axis=-2)
-                assert_rows_untouched(results, expected, ~tainted, ["dk", "dv"])
-                assert np.isnan(results["dv"][tainted]).all()
+            if value is not nan:
+                continue
+            assert np.isnan(results["lse"][sees]).all()
+            # dk, dv: keys that no poisoned row sees keep every bit
+            tainted = of_kv_heads(live & sees[..., None], case.k.shape[-3]).any(axis=-2)
+            assert_rows_untouched(results, expected, ~tainted, ["dk", "dv"])
+            assert np.isnan(results["dv"][tainted]).all()
+            results = case.with_(v=v).run()
+            assert_same_bits(results["lse"], expected["lse"])
+            assert_rows_untouched(results, expected, ~sees, ["out", "dq"])
+            assert np.isnan(results["out"][..., 3][sees]).all()
+            assert np.isfinite(results["out"][..., :3]).all()
 
     @all_kernels
     @pytest.mark.parametrize("size", SIZES)
@@ -275,7 +274,7 @@ class TestExcludedMeansWithoutInfluence:
         case = exclusion_case(rng, dtype, name, size)
         live, expected = case.live(), case.run()
         Lq = case.q.shape[-2]
-        for i, value in zip(sorted({0, Lq // 2, Lq - 1}), poisons(dtype)):
+        for i, value in zip((Lq // 2, Lq - 1), (nan, huge(dtype))):
             at = np.zeros(live.shape[:-1], bool)
             at[..., 0, i] = True  # of one head; its group's other heads see the same keys
             seen = of_kv_heads(live & at[..., None], case.k.shape[-3]).any(axis=-2)
@@ -302,7 +301,7 @@ class TestExcludedMeansWithoutInfluence:
         case = exclusion_case(rng, dtype, name, size)
         live, expected = case.live(), case.run()
         rows, keys = ~live.any(axis=-1), ~of_kv_heads(live, case.k.shape[-3]).any(axis=-2)
-        for value in poisons(dtype):
+        for value in (nan, inf, huge(dtype)):
             garbage = case.with_(
                 q=poisoned(case.q, rows, value),
                 k=poisoned(case.k, keys, value),
@@ -393,6 +392,27 @@ class TestExcludedMeansWithoutInfluence:
 # ---------------------------------------------------------------- 3
 
 
+def check_what_is_finite(case):
+    """Compare where results are finite, but for what only the narrower arithmetic overflows."""
+    results, acc, dtype = case.run(), acc_of(case.q.dtype), case.q.dtype
+    inputs, state = (case.q, case.k, case.v), (results["out"], results["lse"])
+    plain = []
+    for compute_dtype in (np.float64, acc):
+        given = dict(compute_dtype=compute_dtype, **case.options)
+        out, lse = reference_forward(*inputs, **given)
+        grads = reference_backward(
+            case.dout, *inputs, *state, dlse=case.dlse, wrt=case.wrt, **given
+        )
+        plain.append({"out": out, "lse": lse, **grads._asdict()})
+    with np.errstate(all="ignore"):
+        for name, x in results.items():
+            expected, narrow = (np.isfinite(p[name].astype(x.dtype)) for p in plain)
+            agreed = expected == narrow
+            assert agreed.mean() > 0.9 or dtype == np.float16, f"{name}: this tests nothing"
+            np.testing.assert_array_equal(np.isfinite(x)[agreed], expected[agreed], name)
+    return results
+
+
 class TestNothingIsLaundered:
     """What is not finite in the plain computation is not finite here, and nothing else."""
 
@@ -404,7 +424,7 @@ class TestNothingIsLaundered:
         for value in (nan, inf, -inf):
             at = tuple(rng.integers(n) for n in getattr(case, argument).shape)
             changed = case.with_(**{argument: poisoned(getattr(case, argument), at, value)})
-            changed.check()
+            check_what_is_finite(changed)
 
     @all_kernels
     @pytest.mark.parametrize("value", [nan, inf])
@@ -412,7 +432,7 @@ class TestNothingIsLaundered:
         case = option_case(rng, dtype, "float_mask")
         for argument in ("attn_mask", "bias"):
             added = poisoned(np.zeros((37, 70), np.float32), np.s_[11, 60], value)
-            results = case.with_(**{argument: added}).check()
+            results = check_what_is_finite(case.with_(**{argument: added}))
             live = case.with_(**{argument: added}).live()[:, :, 11, 60]
             assert not np.isfinite(results["out"][:, :, 11][live]).any()
 
@@ -421,7 +441,8 @@ class TestNothingIsLaundered:
     @pytest.mark.parametrize("argument", ["sinks", "alibi_slopes"])
     def test_of_one_head(self, isa, dtype, argument, value, rng):
         values = poisoned(np.ones(4), 2, value)
-        results = option_case(rng, dtype, "causal_offsets").with_(**{argument: values}).check()
+        case = option_case(rng, dtype, "causal_offsets").with_(**{argument: values})
+        results = check_what_is_finite(case)
         assert np.isfinite(results["out"][:, [0, 1, 3]]).all()
 
     def test_a_maximum_does_not_lose_nan(self, isa, rng):
@@ -435,19 +456,20 @@ class TestNothingIsLaundered:
     def test_scores_beyond_the_largest_number(self, isa, dtype, rng):
         """q . k = inf: inf - inf is NaN in the plain computation."""
         case = make_case(rng, dtype, Lq=20, Lk=150, D=2)
-        results = case.with_(k=poisoned(abs(case.k), np.s_[:, 3], inf)).check()
+        results = check_what_is_finite(case.with_(k=poisoned(abs(case.k), np.s_[:, 3], inf)))
         assert not np.isfinite(results["out"]).all()
 
     def test_gradients_of_nan_rows_reach_every_key_they_see(self, isa, rng):
         case = make_case(rng, np.float32, Hq=2, Lq=140, Lk=150, D=4, is_causal=True)
-        results = case.with_(q=poisoned(case.q, np.s_[:, 70], nan)).check()
+        results = check_what_is_finite(case.with_(q=poisoned(case.q, np.s_[:, 70], nan)))
         assert np.isnan(results["dk"][:, :71]).all() and np.isfinite(results["dk"][:, 71:]).all()
 
 
 # ---------------------------------------------------------------- 4
 
+
 def large_case(rng, dtype, name="everything", heads=(4, 2), lead=(2,)):
-    """Enough work for several threads; options of OPTIONS-like variety at full size."""
+    """Enough work for eight threads, and more than one block of rows and tile of keys."""
     (Hq, Hkv), Lq, Lk = heads, 300, 280
     options = {
         "plain": dict(),
@@ -525,7 +547,7 @@ class TestTheSameBits:
     @all_kernels
     @pytest.mark.parametrize("shape", [(1, 130), (5, 9), (150, 300)], ids=str)
     def test_whatever_else_is_in_the_batch(self, isa, dtype, shape, rng):
-        """Other entries gone, in another order, and full of NaN; lengths and offsets of their own."""
+        """Other entries gone, in another order, full of NaN; each has its lengths and offset."""
         Lq, Lk = shape
         case = make_case(rng, dtype, lead=(3,), Hq=4, Hkv=2, Lq=Lq, Lk=Lk, D=20, Dv=12)
         per_entry = dict(
@@ -747,8 +769,8 @@ class TestAccuracy:
     @all_kernels
     @pytest.mark.parametrize("D", [128, 256])
     def test_of_long_dot_products(self, isa, dtype, D, rng):
-        case = make_case(rng, dtype, Hq=1, Lq=40, Lk=100, D=D, Dv=64)
-        case.check()
+        """Of numbers with a mean: partial sums grow, and with them what each addition rounds."""
+        case = make_case(rng, dtype, Hq=1, Lq=20, Lk=60, D=D, Dv=64)
         case.with_(q=case.q + np.ones((), dtype), k=case.k + np.ones((), dtype)).check()
 
 

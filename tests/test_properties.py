@@ -1,6 +1,7 @@
 """Hypothesis draws problems, the oracle judges: forward and every gradient, on any ISA."""
 
 import numpy as np
+import pytest
 from helpers import DTYPES, RUNNABLE_ISAS, Case, acc_of, assert_same_bits
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -43,20 +44,27 @@ def run_on(isa, function, *args, **kwargs):
         _cpu.use_isa(before)
 
 
-@settings(profile, max_examples=200)
+@settings(profile, max_examples=100)
 @given(seeds, dtypes, isas)
 def test_any_problem(seed, dtype, isa):
     run_on(isa, draw_case(seed, dtype).check)
 
 
-@settings(profile, max_examples=40)
-@given(seeds, dtypes, isas, st.sampled_from([95, 97, 129, 193]), st.sampled_from([127, 129, 300]))
+@pytest.mark.slow
+@settings(profile, max_examples=1500)
+@given(seeds, dtypes, isas)
+def test_any_of_many_problems(seed, dtype, isa):
+    run_on(isa, draw_case(seed, dtype).check)
+
+
+@settings(profile, max_examples=16)
+@given(seeds, dtypes, isas, st.sampled_from([95, 97, 129]), st.sampled_from([127, 129, 270]))
 def test_any_problem_of_several_tiles(seed, dtype, isa, Lq, Lk):
-    sizes = dict(lead=(), Hkv=1, Lq=Lq, Lk=Lk)
+    sizes = dict(lead=(), Hkv=1, group=1, Lq=Lq, Lk=Lk, D=8)
     run_on(isa, draw_case(seed, dtype, **sizes).check)
 
 
-@settings(profile, max_examples=40)
+@settings(profile, max_examples=30)
 @given(seeds, dtypes, isas, st.integers(1, 9))
 def test_any_problem_on_any_number_of_threads(seed, dtype, isa, threads):
     case = draw_case(seed, dtype, Lq=100, Lk=130, D=64)

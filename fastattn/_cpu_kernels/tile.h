@@ -69,7 +69,7 @@ INLINE uv u_set1(const unit *p) {
     return v_set1(x);
 }
 INLINE uv u_load(const unit *p) { return v_loadu(p); }
-INLINE vr u_madd(vr c, uv a, uv b) { return c + a * b; }
+INLINE vr u_madd(vr c, uv a, uv b) { return v_fma(a, b, c); }
 #endif
 
 // ---- packing ---------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ static double dot(const char *a, ptrdiff_t a_stride, int a_dtype, const char *b,
         load_row(x, a + i * a_stride, a_stride, m, a_dtype);
         load_row(y, b + i * b_stride, b_stride, m, b_dtype);
         for (int k = m; k % V_LANES; k++) x[k] = y[k] = 0;
-        for (int k = 0; k < m; k += V_LANES) sum += v_load(x + k) * v_load(y + k);
+        for (int k = 0; k < m; k += V_LANES) sum = v_fma(v_load(x + k), v_load(y + k), sum);
     }
     double total = 0;
     for (int k = 0; k < V_LANES; k++) total += (double)sum[k];
@@ -252,7 +252,7 @@ INLINE void product(const int MR, const int NR, vr *c, const unit *a, ptrdiff_t 
 
 // A chain of more than this many multiply-adds is cut, and its parts added: rounding errors
 // grow with the length of a chain. (Depths of accumulate are cut by the tile.)
-#define CHAIN 256
+#define CHAIN 64
 
 typedef void scores_fn(real *s, int panel, const unit *k, ptrdiff_t ldk, const unit *q, int depth,
                        int add, vr *top);
@@ -328,8 +328,8 @@ typedef void accumulate_fn(const fa_product *x, int row, int col, int depth);
                 c[i] += v_loadu(out + (i / NR) * x->ldc + (i % NR) * V_LANES);                   \
         else                                                                                     \
             UNROLL for (int i = 0; i < MR * NR; i++)                                             \
-                c[i] += v_set1(((const real *)x->alpha)[row + i / NR]) *                         \
-                        v_loadu(out + (i / NR) * x->ldc + (i % NR) * V_LANES);                   \
+                c[i] = v_fma(v_set1(((const real *)x->alpha)[row + i / NR]),                     \
+                             v_loadu(out + (i / NR) * x->ldc + (i % NR) * V_LANES), c[i]);       \
         UNROLL for (int i = 0; i < MR * NR; i++)                                                 \
             v_storeu(out + (i / NR) * x->ldc + (i % NR) * V_LANES, c[i]);                        \
     }
@@ -435,7 +435,7 @@ static void adjust(void *s_, int panel, int keys, const fa_adjust *how) {
             }
             if (add0) x += v_load(add0 + at);
             if (add1) x += v_load(add1 + at);
-            if (slope) x -= v_load(slope + lane) * v_abs(v_load(centre + lane) - v_set1((real)key));
+            if (slope) x = v_fma(-v_load(slope + lane), v_abs(v_load(centre + lane) - v_set1((real)key)), x);
             v_store(s + at, x);
         }
 }
@@ -497,9 +497,9 @@ static int softmax(void *p_, void *s_, int panel, int keys, double scale, const 
             }
             sum += part;
         }
-        vr before = v_load(row_sum + lane), total = before * alpha + sum;
+        vr before = v_load(row_sum + lane), total = v_fma(before, alpha, sum);
         v_store(row_sum + lane, total);
-        v_store(row_lost + lane, v_load(row_lost + lane) * alpha + (sum - (total - before * alpha)));
+        v_store(row_lost + lane, v_fma(v_load(row_lost + lane), alpha, sum + v_fma(before, alpha, -total)));
     }
     return moved != 0;
 }
@@ -523,7 +523,7 @@ static int backward_tile(const fa_backward_tile *x, int panel, int keys) {
                 any_lost |= lost;
                 if (x->keep) lost |= ~v_mask(x->keep[j] >> lane);
                 // lse may be rounded so coarsely that s exceeds it; p is a probability still.
-                vr prob = v_exp2(v_min((vr){}, score * scale - lse), log2e);
+                vr prob = v_exp2(v_min((vr){}, v_fma(score, scale, -lse)), log2e);
                 vr t = prob * (dropped(v_load(dp + at), x->drop, j, lane, drop_scale) - shift);
                 t = v_select(lost, (vr){}, t);
                 v_store(dp + at, t);
@@ -559,7 +559,7 @@ static void add_distances(void *sum_, const void *t_, int panel, int keys, const
     for (int lane = 0; lane < panel; lane += V_LANES) {
         vr at = v_load((const real *)centre + lane), sum = {};
         for (int key = 0; key < keys; key++)
-            sum += v_load(t + (ptrdiff_t)key * panel + lane) * v_abs(at - v_set1((real)key));
+            sum = v_fma(v_load(t + (ptrdiff_t)key * panel + lane), v_abs(at - v_set1((real)key)), sum);
         real *out = (real *)sum_ + lane;
         v_store(out, v_load(out) + sum);
     }

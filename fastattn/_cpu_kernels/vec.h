@@ -93,6 +93,16 @@ INLINE vr v_min(vr a, vr b) {
 #endif
 }
 
+// a b + c, with one rounding where the ISA has it. Not left to the compiler, which contracts some
+// chains and not others (GCC's avoid-fma-max-bits): every kernel has to round alike.
+INLINE vr v_fma(vr a, vr b, vr c) {
+#ifdef __FMA__
+    return (vr)V_X86(fmadd)((v_x86)a, (v_x86)b, (v_x86)c);
+#else
+    return a * b + c;
+#endif
+}
+
 // One bit a lane, from and to a mask.
 INLINE uint32_t v_bits(vi mask) {
 #if defined(__AVX512DQ__) && defined(FA_DOUBLE)
@@ -164,7 +174,7 @@ INLINE void v_transpose(vr r[V_LANES]) {
 // that minimises the relative error of 2^f - 1 (Remez exchange in 200-bit arithmetic): 1.1e-8 for
 // float, 1.8e-17 for double.
 #define HORNER_BEGIN(c) vr q = v_set1((real)(c))
-#define HORNER(c) q = q * f + v_set1((real)(c))
+#define HORNER(c) q = v_fma(q, f, v_set1((real)(c)))
 INLINE vr v_pow2_poly(vr f) {
 #ifdef FA_DOUBLE
     HORNER_BEGIN(0x1.e8cab7c976947p-32);
@@ -209,22 +219,22 @@ INLINE vr v_round_pow2(vr x, vr *pow2) {
 INLINE vr v_exp2(vr x, vr c) {
 #if defined(__AVX512F__)
     vr n = (vr)V_X86(roundscale)((v_x86)(x * c), 0x08);
-    vr f = x * c - n;
+    vr f = v_fma(x, c, -n);
     // At x = -inf both f and p are NaN, and scalef(NaN, -inf) is defined as 0.
-    vr p = f * v_pow2_poly(f) + v_set1(1);
+    vr p = v_fma(f, v_pow2_poly(f), v_set1(1));
     return (vr)V_X86(scalef)((v_x86)p, (v_x86)n);
 #else
     vr pow2;
     x = v_max(v_set1(-V_BIAS) / c, x);
-    vr n = v_round_pow2(x * c, &pow2), f = x * c - n;
-    return (f * v_pow2_poly(f) + v_set1(1)) * pow2;
+    vr f = v_fma(x, c, -v_round_pow2(x * c, &pow2));
+    return v_fma(f, v_pow2_poly(f), v_set1(1)) * pow2;
 #endif
 }
 // tanh x = e / (e + 2) with e = exp(2|x|) - 1, taken without cancellation.
 INLINE vr v_tanh(vr x) {
     vr pow2, y = v_min(v_set1(64), v_abs(x) * v_set1((real)2.885390081777926814720));
     vr f = y - v_round_pow2(y, &pow2);
-    vr e = (pow2 - v_set1(1)) + pow2 * (f * v_pow2_poly(f));
+    vr e = v_fma(pow2, f * v_pow2_poly(f), pow2 - v_set1(1));
     vr t = e / (e + v_set1(2));
     return (vr)((vu)t | ((vu)x ^ (vu)v_abs(x)));
 }
