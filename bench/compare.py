@@ -60,7 +60,8 @@ def main() -> None:
     else:
         results = compare(options)
     path = Path(f"{options.output}.json")
-    write_json(path, machine=machine.describe(), settings=vars(options), **results)
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    write_json(path, machine=machine.describe(), settings=settings, **results)
     print(f"\nwritten: {path}")
 
 

@@ -17,7 +17,7 @@ def describe() -> dict[str, object]:
     """Everything a reader needs to judge or repeat the figures of this run."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": shlex.join(["python", "bench/compare.py", *sys.argv[1:]]),
         "cpu": cpu_model(),
         "cores_online": os.cpu_count(),
         "affinity": affinity(),

@@ -3,6 +3,9 @@
 // setup.py, one row here and one line in fa_isa_missing.
 #include <sched.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include "kernels.h"
 
 extern const fa_kernels fa_portable_f32, fa_portable_f64, fa_avx2_f32, fa_avx2_f64, fa_avx512_f32,
@@ -30,7 +33,8 @@ const char *fa_isa_missing(const char *name) {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2")) return "AVX2";
     if (!__builtin_cpu_supports("fma")) return "FMA";
-    if (!__builtin_cpu_supports("f16c")) return "F16C";
+    unsigned eax, ebx, ecx, edx;  // __builtin_cpu_supports has not always known F16C
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_F16C)) return "F16C";
     if (!strcmp(name, "avx2")) return "";
     if (!__builtin_cpu_supports("avx512f")) return "AVX-512 F";
     if (!__builtin_cpu_supports("avx512dq")) return "AVX-512 DQ";
