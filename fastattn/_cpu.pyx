@@ -332,9 +332,10 @@ def peak_flops(str dtype, int num_threads, double seconds):
     """Floating point operations per second of multiply-adds (dot products for "bfloat16" where the
     ISA in use has them) on registers alone, all threads together."""
     cdef const fa_kernels *kr = kernels_for(dtype)
-    cdef int64_t iterations = 20000
+    cdef int64_t iterations = 200000
     cdef double flops = 0, start, end, sink = 0
     cdef int t
+    num_threads = num_threads_for(num_threads)
     with nogil:
         start = openmp.omp_get_wtime()
         end = start

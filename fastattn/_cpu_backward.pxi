@@ -234,6 +234,8 @@ cdef void store_dkv(const Job *job, int64_t batch_head, const void *dk, const vo
                     int64_t j1) noexcept nogil:
     cdef const fa_kernels *kr = job.kernels
     cdef int64_t b = batch_head // job.Hkv, kv_head = batch_head % job.Hkv, j
+    if job.dk.dtype == FA_NONE and job.dv.dtype == FA_NONE:
+        return
     for j in range(j0, j1):
         if job.dk.dtype != FA_NONE:
             kr.store_row(at(job, &job.dk, b, kv_head) + j * job.dk.row, job.dk.col, job.dk.dtype,
@@ -274,7 +276,8 @@ cdef void backward_heads(const Job *job, int threads) except *:
                 memset(shared.spaces[n].own, 0, <size_t> sums_bytes(job))
             # First blocks of all heads first: a block seldom waits for the one before.
             run(job, shared.spaces, team, shared.count * job.blocks, backward_shared_block, &shared)
-            run(job, shared.spaces, team, shared.count * ceil_div(job.Lk, job.Bc), store_shared_keys, &shared)
+            if job.dk.dtype != FA_NONE or job.dv.dtype != FA_NONE:
+                run(job, shared.spaces, team, shared.count * ceil_div(job.Lk, job.Bc), store_shared_keys, &shared)
         free(passed)
         free(memory)
 
