@@ -118,7 +118,7 @@ def forward_workspace(dtype, Lq, Lk, D, threads, masks, copied, window=None):
 
 
 L = 16384
-SIZES = {"window": (L, L, (40, 0)), "keys": (256, L, None), "rows": (L, 256, None)}
+SIZES = {"window": (L, L, (40, 0)), "keys": (128, L, None), "rows": (L, 128, None)}
 
 
 @linux
@@ -215,7 +215,6 @@ big = 2**31 - 1
 ABSURD = {  # shapes of q, k, v and options; zeros that are broadcast, so only the call takes memory
     "out": ((1, 2**45, 1), (1, 1, 1), (1, 1, 1), {}),
     "lse": ((1, 2**59, 0), (1, 1, 0), (1, 1, 0), {}),
-    "bytes_of_lse_beyond_64_bits": ((1, 2**61, 0), (1, 1, 0), (1, 1, 0), {}),
     "heads": ((2**40, 1, 0), (2**40, 1, 0), (2**40, 1, 0), {}),
     "batch": ((2**20, 2**20, 1, 1, 0),) * 3 + ({},),
     "dk": ((1, 1, 1), (1, 2**45, 1), (1, 2**45, 1), dict(kv_lens=3)),
@@ -234,8 +233,6 @@ def absurd(dtype):
     resource.setrlimit(resource.RLIMIT_AS, (6 << 30,) * 2)
     zero = DTYPES[dtype].type(0)
     for name, (*shapes, options) in ABSURD.items():
-        if name == "bytes_of_lse_beyond_64_bits" and zero.itemsize > 2:
-            continue  # NumPy has no such q
         print(name, flush=True)
         q, k, v = (np.broadcast_to(zero, shape) for shape in shapes)
         try:
@@ -496,9 +493,7 @@ def test_more_than_2_31_keys(dtype, tmp_path, rng):
     k[:, start:], v[:, start:] = small.k, small.v
     mask[:, start:] = small.options["attn_mask"]
     segments[:, start:] = small.options["kv_segment_ids"]
-    large = small.with_(
-        k=k, v=v, attn_mask=mask, kv_segment_ids=segments[0], causal_offset=n - 100
-    )
+    large = small.with_(k=k, v=v, attn_mask=mask, kv_segment_ids=segments[0], causal_offset=n - 100)
     out, lse = large.forward()
     assert_forward(small.q, small.k, small.v, out, lse, **small.options)
     grads = large.backward(out, lse, wrt=("q", "alibi_slopes"))

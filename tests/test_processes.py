@@ -87,9 +87,7 @@ def test_the_gil_is_released(num_threads):
 def many_python_threads(isa, num_threads):
     _cpu.use_isa(isa)
     options = dict(is_causal=True), dict(dropout_p=0.2, seed=7), dict(kv_lens=100)
-    cases = [
-        shared_heads(n, dtype, **options[n % 3]) for n, dtype in enumerate([*DTYPES, *DTYPES])
-    ]
+    cases = [shared_heads(n, dtype, **options[n % 3]) for n, dtype in enumerate([*DTYPES, *DTYPES])]
     expected = [case.run(num_threads=1) for case in cases]
     barrier = threading.Barrier(len(cases))
 
@@ -104,7 +102,8 @@ def many_python_threads(isa, num_threads):
 
 
 @pytest.mark.parametrize(
-    ("isa", "num_threads"), [(RUNNABLE_ISAS[0], 4), (RUNNABLE_ISAS[-1], 1), (RUNNABLE_ISAS[-1], None)]
+    ("isa", "num_threads"),
+    [(RUNNABLE_ISAS[0], 4), (RUNNABLE_ISAS[-1], 1), (RUNNABLE_ISAS[-1], None)],
 )
 def test_calls_of_many_python_threads(isa, num_threads):
     run_here(f"many_python_threads({isa!r}, {num_threads})")
