@@ -366,6 +366,9 @@ SHAPES = [  # Lq, Lk, D, Dv
 ]  # fmt: skip
 
 
+OPTION_NAMES = ("plain", "causal", "masks", "masks_of_keys", "everything")
+
+
 def options_for(rng, Lq, Lk, dtype):
     masks = dict(
         attn_mask=rng.random((2, 4, Lq, Lk)) < 0.7,
@@ -388,28 +391,26 @@ def options_for(rng, Lq, Lk, dtype):
 
 
 def guard_pages(dtype, share):
-    """Run a share of all combinations, one in `share`, which all layouts and options are in."""
-    rng = np.random.default_rng(0)
+    """Run one in `share` of all combinations; any shape, option and layout is in some of them."""
+    combinations = itertools.product(SHAPES, OPTION_NAMES, (False, True), LAYOUTS)
     mask_dtypes = itertools.cycle(DTYPES.values())
-    count = itertools.count()
-    for Lq, Lk, D, Dv in SHAPES:
-        for name, options in options_for(rng, Lq, Lk, next(mask_dtypes)).items():
-            case = make_case(
-                rng, DTYPES[dtype], lead=(2,), Hq=4, Hkv=2, Lq=Lq, Lk=Lk, D=D, Dv=Dv, **options
-            )
-            expected = case.run()
-            for at_end, (layout, lay) in itertools.product((False, True), LAYOUTS.items()):
-                if next(count) % share:
-                    continue
-                print(dtype, Lq, Lk, D, Dv, name, layout, f"{at_end=}", flush=True)
-                arrays = {x: lay(getattr(case, x)) for x in ("q", "k", "v", "dout")}
-                with computing(between_guards(at_end, spread=layout != "tight")):
-                    assert_same_bits(case.with_(**arrays).run(), expected)
+    for shape, name, at_end, layout in itertools.islice(combinations, 0, None, share):
+        print(dtype, shape, name, layout, f"{at_end=}", flush=True)
+        rng = np.random.default_rng(0)
+        Lq, Lk, D, Dv = shape
+        options = options_for(rng, Lq, Lk, next(mask_dtypes))[name]
+        case = make_case(
+            rng, DTYPES[dtype], lead=(2,), Hq=4, Hkv=2, Lq=Lq, Lk=Lk, D=D, Dv=Dv, **options
+        )
+        expected = case.run()
+        arrays = {x: LAYOUTS[layout](getattr(case, x)) for x in ("q", "k", "v", "dout")}
+        with computing(between_guards(at_end, spread=layout != "tight")):
+            assert_same_bits(case.with_(**arrays).run(), expected)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pages are guarded by mprotect")
 @kernels
-@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.slow, id="all"), 13])
+@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.slow, id="all"), 17])
 def test_nothing_is_touched_beside_the_arrays(isa, dtype, share):
     run_here(f"guard_pages({dtype!r}, {share})", isa=isa)
 
