@@ -728,6 +728,14 @@ class TestAccuracy:
         case.with_(q=case.q * 0).check()
 
     @all_kernels
+    @pytest.mark.parametrize("size", [1e4, 0.25, 0.7, 1.0])
+    def test_of_rows_partly_masked_by_a_low_number(self, isa, dtype, size, rng):
+        """Down to the lowest there is, whose product with log2(e) overflows."""
+        low = size if size > 1 else size * np.finfo(acc_of(dtype)).max
+        mask = np.where(rng.random((40, 150)) < 0.5, 0, -low).astype(acc_of(dtype))
+        make_case(rng, dtype, Lq=40, Lk=150, D=8, attn_mask=mask).check()
+
+    @all_kernels
     @pytest.mark.parametrize("j", [0, 130, 299])
     def test_of_one_outlier(self, isa, dtype, j, rng):
         """A late maximum rescales all that was summed before."""

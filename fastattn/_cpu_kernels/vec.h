@@ -218,11 +218,9 @@ INLINE vr v_round_pow2(vr x, vr *pow2) {
 // from x itself, so that the rounding of c x does not count.
 INLINE vr v_exp2(vr x, vr c) {
 #if defined(__AVX512F__)
-    vr n = (vr)V_X86(roundscale)((v_x86)(x * c), 0x08);
-    vr f = v_fma(x, c, -n);
-    // At x = -inf both f and p are NaN, and scalef(NaN, -inf) is defined as 0.
-    vr p = v_fma(f, v_pow2_poly(f), v_set1(1));
-    return (vr)V_X86(scalef)((v_x86)p, (v_x86)n);
+    x = v_max(v_set1(-2 * V_BIAS) / c, x);  // 0 from there on, and x c keeps its fraction
+    vr n = (vr)V_X86(roundscale)((v_x86)(x * c), 0x08), f = v_fma(x, c, -n);
+    return (vr)V_X86(scalef)((v_x86)v_fma(f, v_pow2_poly(f), v_set1(1)), (v_x86)n);
 #else
     vr pow2;
     x = v_max(v_set1(-V_BIAS) / c, x);
