@@ -169,7 +169,7 @@ def run_python(code, *, timeout=120, **environment):
     path = os.pathsep.join(filter(None, [os.path.dirname(__file__), *sys.path]))
     env = {**os.environ, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", **environment}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-P", "-c", textwrap.dedent(code)],
         capture_output=True, text=True, timeout=timeout, env=env,
     )  # fmt: skip
     assert done.returncode == 0, (

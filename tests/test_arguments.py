@@ -747,5 +747,5 @@ def test_import_reads_numpy_only():
         "import sys, fastattn; "
         "print([m for m in ('ml_dtypes', 'cupy', 'torch', 'scipy') if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

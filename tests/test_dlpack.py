@@ -400,5 +400,5 @@ try:
 except TypeError as error:
     print(error)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.startswith("q is bfloat16, for which NumPy needs ml_dtypes")
