@@ -433,7 +433,8 @@ ANYTHING = [
     None, True, -1, 0, 1, 7, 2**70, 0.5, np.nan, 1j, "q", "lower_right", (), (1, 2), [1, None], {},
     range(2), np.zeros(2, int), np.zeros((2, 5), np.uint64), np.zeros(4), np.ones((5, 7), bool),
     np.zeros((), "f2"), np.zeros((0, 3)), np.zeros(2, ">i8"), np.array([{}]),
-    np.datetime64("NaT", "s"), np.ma.zeros(2), b"", print, slice(3), np.dtype("f4"), np.str_("x"), np.zeros(2, "U1"),
+    np.datetime64("NaT", "s"), np.ma.zeros(2), b"", print, slice(3), np.dtype("f4"), np.str_("x"),
+    np.zeros(2, "U1"),
 ]  # fmt: skip
 OPTIONS = [
     "q", "k", "v", "attn_mask", "bias", "is_causal", "causal_offset", "window_size", "q_lens",
@@ -747,5 +748,6 @@ def test_import_reads_numpy_only():
         "import sys, fastattn; "
         "print([m for m in ('ml_dtypes', 'cupy', 'torch', 'scipy') if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-P", "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -400,5 +400,6 @@ try:
 except TypeError as error:
     print(error)
 """
-    out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-P", "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
     assert out.stdout.startswith("q is bfloat16, for which NumPy needs ml_dtypes")
