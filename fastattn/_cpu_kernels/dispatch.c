@@ -48,7 +48,7 @@ const char *fa_isa_missing(const char *name) {
 }
 
 // Sapphire Rapids issues bf16 dot products at half the rate, in operations, of its float32
-// multiply-adds (64 against 134 GFLOP/s a core), so that widening to float32 is 1.3 to 1.8 times
+// multiply-adds (64 against 134 GFLOP/s a core), so that widening to float32 is 1.1 to 1.8 times
 // as fast; Zen 4 and 5 issue them at twice the rate.
 const char *fa_isa_slow(const char *name) {
 #if defined(__x86_64__)
