@@ -2,13 +2,15 @@
 
 A shape file holds one case per line::
 
-    B  Hq  Hkv  Lq  Lk  D[/Dv]  full|causal     # where the case comes from
+    B  Hq  Hkv  Lq  Lk  D[/Dv]  full|causal  [option]    # where the case comes from
 
+An option (`gpu_exact.py` has their list) excludes pairs or changes scores; only `--gpu` times it.
 Work is counted by the conventions of the FlashAttention papers:
 
 * forward   2 Lq Lk (D + Dv) floating-point operations per head (two matrix products),
 * backward  2.5 times the forward (five products, the recomputed scores among them),
 * causal    exactly half of full,
+* option    only the pairs that it leaves,
 * one query (decode) is counted in bytes instead: those of K and V, each read once.
 """
 
@@ -37,10 +39,12 @@ class Case:
     D: int
     Dv: int
     causal: bool
+    option: str = ""  # "name" or "name=value"
     source: str = ""
     family: str = ""  # name of the shape file
     dtype: str = "float32"
     direction: str = "forward"
+    kept: float = 1.0  # share of the pairs that the option leaves
 
     @property
     def shape(self) -> str:
@@ -48,7 +52,7 @@ class Case:
         heads = f"{self.Hq}" if self.Hq == self.Hkv else f"{self.Hq}/{self.Hkv}"
         width = f"{self.D}" if self.D == self.Dv else f"{self.D}/{self.Dv}"
         mask = "causal" if self.causal else "full"
-        return f"{self.B}, {heads}, {self.Lq}, {self.Lk}, {width} {mask}"
+        return f"{self.B}, {heads}, {self.Lq}, {self.Lk}, {width} {mask} {self.option}".rstrip()
 
     @property
     def is_decode(self) -> bool:
@@ -67,7 +71,7 @@ class Case:
         flops = 2.0 * self.B * self.Hq * self.Lq * self.Lk * (self.D + self.Dv)
         if self.causal:
             flops /= 2
-        return flops * (BACKWARD_FACTOR if self.direction == "backward" else 1.0)
+        return flops * self.kept * (BACKWARD_FACTOR if self.direction == "backward" else 1.0)
 
     @property
     def kv_bytes(self) -> int:
@@ -102,15 +106,19 @@ def _read(name: str) -> list[Case]:
 
 def _parse(fields: list[str], where: str) -> Case:
     try:
-        *sizes, width, mask = fields
-        B, Hq, Hkv, Lq, Lk = map(int, sizes)
+        B, Hq, Hkv, Lq, Lk = map(int, fields[:5])
+        width, mask, *option = fields[5:]
         D, Dv = map(int, width.split("/") if "/" in width else (width, width))
         causal = {"full": False, "causal": True}[mask]
+        (option,) = option or ("",)
     except (ValueError, KeyError):
-        raise SystemExit(f"{where}: expected 'B Hq Hkv Lq Lk D[/Dv] full|causal'") from None
+        expected = "'B Hq Hkv Lq Lk D[/Dv] full|causal [option]'"
+        raise SystemExit(f"{where}: expected {expected}") from None
     if causal and Lq != Lk:
         raise SystemExit(f"{where}: libraries disagree on what causal means for Lq != Lk")
-    return Case(B, Hq, Hkv, Lq, Lk, D, Dv, causal)
+    if causal and option:
+        raise SystemExit(f"{where}: an option goes with full")
+    return Case(B, Hq, Hkv, Lq, Lk, D, Dv, causal, option)
 
 
 def numpy_dtype(name: str) -> np.dtype:

@@ -6,6 +6,8 @@
                             --pass forward backward
     python bench/compare.py --accuracy         # error of each result beside the plain computation's
     python bench/compare.py --memory           # memory of one call beside the materialised one's
+    python bench/compare.py --gpu              # CuPy arrays beside PyTorch on a GPU: gpu.py
+    python bench/compare.py --gpu --shapes gpu_prefill --dtype bfloat16 --pass forward --D 128
 
 Which libraries: NumPy, PyTorch, ONNX Runtime, OpenVINO, each if it can be imported (``peers.py``).
 
@@ -32,10 +34,12 @@ from pathlib import Path
 from statistics import median
 
 import accuracy
+import gpu
 import machine
 import memory
 from cases import DTYPES, Case, load_shapes
 from checks import BOUNDS, exact_results, sample_groups, worst_error
+from gpu_peers import GPU_PEERS
 from peers import PEERS
 from report import Measurement, markdown, plot, rate_tables, write_json
 from workers import Meter, Runner, Worker, WorkerError
@@ -53,15 +57,21 @@ def main() -> None:
         import fastattn  # noqa: F401
     except ImportError as error:
         raise SystemExit(f"fastattn cannot be imported: {error}") from error
-    if options.memory:
+    path = Path(f"{options.output}.json")
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+
+    def save(results: dict[str, object]) -> None:
+        write_json(path, machine=machine.describe(), settings=settings, **results)
+
+    if options.gpu:
+        results = gpu.run(options, save)
+    elif options.memory:
         results = memory.run(options)
     elif options.accuracy:
         results = accuracy.run(options)
     else:
         results = compare(options)
-    path = Path(f"{options.output}.json")
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
-    write_json(path, machine=machine.describe(), settings=settings, **results)
+    save(results)
     print(f"\nwritten: {path}")
 
 
@@ -72,26 +82,45 @@ def parse_arguments() -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--memory", action="store_true", help="compare peak memory, not time")
     mode.add_argument("--accuracy", action="store_true", help="compare errors, not time")
-    parser.add_argument("--shapes", nargs="+", help="files in shapes/, or paths [peers]")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="[float32]")
+    mode.add_argument("--gpu", action="store_true", help="compare on a GPU")
     parser.add_argument(
-        "--pass", nargs="+", dest="directions", choices=("forward", "backward"), help="[forward]"
+        "--shapes", nargs="+", help="files in shapes/, or paths [peers; with --gpu all of gpu_*]"
     )
-    parser.add_argument("--only", nargs="+", choices=PEERS, help="candidates [all installed]")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, help="[float32; with --gpu by shape file]"
+    )
+    parser.add_argument(
+        "--pass",
+        nargs="+",
+        dest="directions",
+        choices=("forward", "backward"),
+        help="[forward; with --gpu both]",
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(PEERS | GPU_PEERS), help="candidates [all installed]"
+    )
     parser.add_argument("--threads", type=int, default=len(machine.affinity()))
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--slot", type=float, default=0.1, help="seconds a turn [0.1]")
+    parser.add_argument("--slot", type=float, help="seconds a turn [0.1; on a GPU 0.005]")
     parser.add_argument("--cold", action="store_true", help="rotate inputs larger than the caches")
     parser.add_argument("--unbound", action="store_true", help="do not bind OpenMP threads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="path of results, without suffix [bench/results/...]")
+    gpu.add_arguments(parser)
     options = parser.parse_args()
-    mode = "memory" if options.memory else "accuracy" if options.accuracy else "compare"
+    modes = ("memory", "accuracy", "gpu")
+    mode = next((name for name in modes if getattr(options, name)), "compare")
+    if unknown := set(options.only or ()) - set(GPU_PEERS if options.gpu else PEERS):
+        parser.error(f"--only: not in this mode: {', '.join(sorted(unknown))}")
+    options.output = options.output or str(Path(__file__).with_name("results") / mode)
+    options.output = options.output.removesuffix(".json")
+    options.slot = options.slot or (gpu.SLOT_SECONDS if options.gpu else 0.1)
+    if options.gpu:  # its other defaults depend on the shapes
+        return options
     defaults = {"memory": memory, "accuracy": accuracy}.get(mode)
     options.shapes = options.shapes or ["peers" if mode == "compare" else mode]
     options.dtype = options.dtype or getattr(defaults, "DTYPES", ["float32"])
     options.directions = options.directions or getattr(defaults, "DIRECTIONS", ["forward"])
-    options.output = options.output or str(Path(__file__).with_name("results") / mode)
     return options
 
 

@@ -57,7 +57,8 @@ class Peer:
     @classmethod
     def serves(cls, case: Case) -> bool:
         dtypes = getattr(cls, f"{case.direction}_dtypes")
-        return case.dtype in dtypes and (cls.grouped_heads or case.Hq == case.Hkv)
+        served = case.dtype in dtypes and (cls.grouped_heads or case.Hq == case.Hkv)
+        return served and not case.option
 
     @staticmethod
     def environment(threads: int) -> dict[str, str]:

@@ -45,7 +45,7 @@ def load(path: Path) -> dict[str, dict]:
 def _label(m: dict) -> str:
     case = m["case"]
     sizes = ", ".join(str(case[name]) for name in ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv"))
-    mask = "causal" if case["causal"] else "full"
+    mask = " ".join(["causal" if case["causal"] else "full", case.get("option", "")]).rstrip()
     return f"{m['candidate']}, {case['direction']}, {case['dtype']}, {sizes} {mask}"
 
 

@@ -85,6 +85,45 @@ def rate_tables(measurements: list[Measurement]) -> str:
     )
 
 
+def compact_tables(measurements: list[Measurement]) -> str:
+    """The same for a narrow page, in thousands of the unit: ours with its share of the peak, the
+    others with how many times faster ours is."""
+    blocks = []
+    for (title, unit), group in grouped(measurements):
+        names = list(dict.fromkeys(m.candidate for m in group))
+        rows = [["B,H,L,D", "peak", *names]]
+        for _, members in by_shape(group):
+            cells = {m.candidate: m for m in members}
+            peak = next((m.peak for m in members if m.peak), None)
+            row = [_short_label(members[0].case), f"{peak / 1e12:.3g}" if peak else ""]
+            rows.append(row + [_compact_cell(cells.get(name), cells.get(OURS)) for name in names])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            row[0].ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:]))
+            for row in rows
+        ]
+        blocks.append("\n".join([f"{title}: {unit.replace('G', 'T')}", *lines]))
+    return "\n\n".join(blocks)
+
+
+def _short_label(case: Case) -> str:
+    heads = f"{case.Hq}" if case.Hq == case.Hkv else f"{case.Hq}/{case.Hkv}"
+    length = f"{case.Lk}" if case.Lq == case.Lk else f"{case.Lq}x{case.Lk}"
+    kind = f"{case.option} {case.kept:.0%}" if case.option else "causal" if case.causal else "full"
+    return f"{case.B},{heads},{length},{case.D} {kind}"
+
+
+def _compact_cell(m: Measurement | None, ours: Measurement | None) -> str:
+    if m is None or not m.seconds:
+        return m.status if m else ""
+    time = f"{duration(median(m.seconds))} " if m.case.is_decode else ""
+    if m.candidate == OURS or not (ours and ours.seconds):
+        against = f"{m.share:.0%}" if m.share else ""
+    else:
+        against = f"{ours.faster_than(m):.2f}x"
+    return f"{time}{m.rate / 1e12:.3g} {against}"
+
+
 def grouped(measurements: list[Measurement]):
     """((title, unit), the measurements that belong in one table), in the order measured."""
     groups: dict[tuple[str, str], list[Measurement]] = {}

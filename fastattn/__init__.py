@@ -1,8 +1,8 @@
-"""Exact flash attention for NumPy arrays, forward and backward, on the CPU.
+"""Exact flash attention for NumPy and CuPy arrays, forward and backward, on CPU and GPU.
 
 A map of the package::
 
-    scaled_dot_product_attention     PyTorch's function, for NumPy arrays
+    scaled_dot_product_attention     PyTorch's function, for NumPy and CuPy arrays
     attention.attention_forward      out and log-sum-exp, all options       -> AttentionResult
     attention.attention_backward     their gradients                        -> AttentionGradients
     merge_attention_states           two results over two sets of keys, as one
@@ -15,9 +15,10 @@ A map of the package::
 
 A call walks one way: `attention` checks and normalises its arguments into one `_problem.Problem`
 (arrays of other libraries come in through `_dlpack`), `_backends` picks the backend by the type of
-the arrays, and the backend, `_cpu`, fills the results with the kernels of `_cpu_kernels`.
+the arrays, and the backend fills the results: `_cpu` with the kernels of `_cpu_kernels`, `_gpu`
+with those in its folder `kernels`, which CuPy compiles when they are first needed.
 
-Importing the package imports NumPy and nothing else.
+Importing the package imports NumPy and nothing else; `_gpu` is imported at the first CuPy array.
 """
 
 from fastattn import attention

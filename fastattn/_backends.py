@@ -4,11 +4,13 @@ A backend is a module with the two functions of `Backend`. It gets a `Problem` w
 been checked, and fills the results it is given; it raises nothing about a user's argument.
 
 CuPy is recognised without being imported: an array of a library that nobody imported cannot exist.
+It and the backend for its arrays are imported at the first such array.
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,13 +39,39 @@ class Backend(Protocol):
         """
 
 
+# The class of a checked array -> its backend. CuPy's joins when it is imported.
+_BACKENDS: dict[type, Backend] = {np.ndarray: _cpu}
+# The classes of checked arrays: those of the table, now and later.
+PLAIN_ARRAYS = _BACKENDS.keys()
+
+_OLDEST_CUPY = 14
+_NEEDS_CUPY = (
+    f"fastattn computes on a GPU with CuPy {_OLDEST_CUPY} or newer, and %s. "
+    'Install it by pip install "fastattn[cuda12]" or "fastattn[cuda13]", as the driver allows'
+)
+
+
 def is_cupy_array(value: Any) -> bool:
     """Whether the value's class is CuPy's, or derived from one of CuPy's."""
     return any(cls.__module__.partition(".")[0] == "cupy" for cls in type(value).__mro__)
 
 
-# The class of a checked array -> its backend; plain ndarrays only reach a backend.
-_BACKENDS: dict[type, Backend] = {np.ndarray: _cpu}
+def load_cupy() -> ModuleType:
+    """CuPy, with the backend for its arrays; an ImportError says what is missing."""
+    try:
+        import cupy
+    except Exception as error:  # a broken installation raises anything
+        raise ImportError(_NEEDS_CUPY % f"importing it failed: {error}", name="cupy") from error
+    if int(cupy.__version__.partition(".")[0]) < _OLDEST_CUPY:
+        raise ImportError(_NEEDS_CUPY % f"this is {cupy.__version__}", name="cupy")
+    if cupy.ndarray not in _BACKENDS:
+        try:
+            from fastattn import _gpu
+        except (ImportError, AttributeError) as error:
+            problem = f"{cupy.__version__} lacks something: {error}"
+            raise ImportError(_NEEDS_CUPY % problem, name="cupy") from error
+        _BACKENDS[cupy.ndarray] = _gpu
+    return cupy
 
 
 def backend_of(array: Any) -> Backend:
@@ -52,5 +80,44 @@ def backend_of(array: Any) -> Backend:
 
 
 def namespace_of(array: Any) -> ModuleType:
-    """The module with the functions of an array's library: NumPy, or CuPy once it is served."""
-    return sys.modules[type(array).__module__.partition(".")[0]]
+    """The module with the functions of a checked array's library: NumPy or CuPy."""
+    return np if type(array) is np.ndarray else sys.modules["cupy"]
+
+
+def arithmetic_on(array: Any) -> AbstractContextManager[Any]:
+    """What operations on an array run in: on its device with CuPy, without NumPy's warnings."""
+    if type(array) is np.ndarray or type(array) not in PLAIN_ARRAYS:
+        return np.errstate(all="ignore")
+    return array.device
+
+
+def is_elsewhere(array: Any) -> bool:
+    """Whether a checked array is CuPy's, on a device that is not the current one."""
+    if type(array) is np.ndarray:
+        return False
+    return array.data.device_id != sys.modules["cupy"].cuda.runtime.getDevice()
+
+
+def to_device(array: Any, like: Any) -> Any:
+    """An int64 array of the host on the device of a CuPy array, on which it may be already.
+
+    Nothing waits, and a graph that is being captured holds the values themselves: a copy from the
+    host would read memory at each replay that is not ours by then.
+    """
+    if type(array) is type(like):
+        return array
+    cupy = sys.modules["cupy"]
+    # Axes that are repeated here are repeated there.
+    once = array[tuple(slice(None if stride else 1) for stride in array.strides)]
+    values = once.flatten()
+    starts = np.flatnonzero(np.diff(values, prepend=~values[:1])).tolist()  # of runs of one value
+    with like.device:
+        stream = cupy.cuda.get_current_stream()
+        capturing = stream.ptr > 1 and stream.is_capturing()  # 0, 1: a default stream never is
+        if len(starts) > 1 and not capturing:
+            moved = cupy.asarray(values)
+        else:
+            moved = cupy.empty(values.size, np.int64)
+            for start, stop in zip(starts, [*starts[1:], values.size]):
+                moved[start:stop].fill(values[start])
+    return cupy.broadcast_to(moved.reshape(once.shape), array.shape)

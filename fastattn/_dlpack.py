@@ -1,18 +1,22 @@
-"""Arrays of other libraries, taken by DLPack as ndarrays that share their memory.
+"""Arrays of other libraries, taken by DLPack as NumPy or CuPy arrays that share their memory.
 
 NumPy's own `from_dlpack` refuses bfloat16, so the capsule is read here, for every dtype alike: the
 structures below are those of dlpack.h, for version 1 and for the unversioned protocol before it.
+CuPy's takes all dtypes and orders the streams, and is only told what it does not ask for.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from fastattn._backends import is_cupy_array, load_cupy
+
 # DLDeviceType of memory that the CPU may read: kDLCPU, and kDLCUDAHost, which is pinned.
 _HOST_DEVICES = (1, 3)
+_CUDA_DEVICES = (2, 13)  # kDLCUDA, and kDLCUDAManaged
 _READ_ONLY = 1  # bit 0 of DLManagedTensorVersioned.flags
 
 # (DLDataTypeCode, bits) -> the type string of NumPy's array interface, in native byte order.
@@ -98,23 +102,49 @@ class _Owner:
             self._managed.deleter(ctypes.addressof(self._managed))
 
 
-def from_dlpack(name: str, producer: Any) -> np.ndarray:
-    """The ndarray over a producer's memory: no copy, its strides, its read-only flag.
+class _CudaExport:
+    """What CuPy imports instead of a producer, of which it would not ask all that matters."""
+
+    def __init__(self, producer: Any) -> None:
+        self._producer = producer
+        self.flags = 0
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._producer.__dlpack_device__()
+
+    def __dlpack__(self, *, stream: Any, **_: Any) -> Any:
+        capsule, _, managed = _export(self._producer, stream=stream)
+        self.flags = managed.flags
+        return capsule
+
+
+def is_on_device(value: Any) -> bool:
+    """Whether a value is an array on a GPU, which Python could read only by waiting for it."""
+    if is_cupy_array(value):
+        return True
+    try:
+        return type(value).__dlpack_device__(value)[0] in _CUDA_DEVICES
+    except Exception:  # no producer, or one that cannot say
+        return False
+
+
+def from_dlpack(name: str, producer: Any, written: bool = False) -> Any:
+    """The NumPy or CuPy array over a producer's memory: no copy, its strides.
 
     Raises a TypeError that names the argument where the producer refuses, or where its memory is
-    not the host's or its dtype not one of NumPy's or bfloat16.
+    not the host's or CUDA's, or its dtype not one of NumPy's or bfloat16. A NumPy array has the
+    producer's read-only flag; CuPy has none, so one to be `written` is a ValueError.
     """
     kind = f"{type(producer).__module__}.{type(producer).__qualname__}"
     try:
         device, _ = producer.__dlpack_device__()
-        if device not in _HOST_DEVICES:
-            raise BufferError(f"it is on a device of DLPack type {int(device)}, not on the CPU")
-        capsule = _export(producer)
-        capsule_name = _capsule_name(capsule)
-        structure, used_name = _CAPSULES[capsule_name]
-        managed = structure.from_address(_capsule_pointer(capsule, capsule_name))
-        if managed.major > 1:
-            raise BufferError(f"its DLPack version {managed.major}.{managed.minor} is not known")
+        if device in _CUDA_DEVICES:
+            exported = _CudaExport(producer)
+            array = load_cupy().from_dlpack(exported, copy=False)
+        elif device in _HOST_DEVICES:
+            capsule, used_name, managed = _export(producer)
+        else:
+            raise BufferError(f"it is on a device of DLPack type {int(device)}, not CPU or CUDA")
     except MemoryError:
         raise
     except Exception as error:
@@ -122,6 +152,11 @@ def from_dlpack(name: str, producer: Any) -> np.ndarray:
             f"{name} is a {kind} that cannot be taken by DLPack: {error}. A tensor that requires a "
             "gradient is passed as tensor.detach(), one on another device as tensor.cpu()"
         ) from error
+
+    if device in _CUDA_DEVICES:
+        if written and exported.flags & _READ_ONLY:
+            refuse_read_only(name)
+        return array
 
     tensor = managed.tensor
     dtype = (tensor.dtype_code, tensor.dtype_bits)
@@ -146,12 +181,23 @@ def from_dlpack(name: str, producer: Any) -> np.ndarray:
     return array.view(_bfloat16(name)) if dtype == _BFLOAT16 else array
 
 
-def _export(producer: Any) -> Any:
-    """The producer's capsule: versioned where the producer knows how, and never of a copy."""
+def refuse_read_only(name: str) -> NoReturn:
+    """Raise the error about a result that cannot be written."""
+    raise ValueError(f"{name} is read-only, and the result is to be written to it")
+
+
+def _export(producer: Any, **stream: Any) -> tuple[Any, bytes, Any]:
+    """The producer's capsule, its name once taken, and what it holds; never of a copy."""
     try:
-        return producer.__dlpack__(max_version=(1, 0), copy=False)
+        capsule = producer.__dlpack__(**stream, max_version=(1, 0), copy=False)
     except TypeError:  # a producer from before these arguments; its real errors come again
-        return producer.__dlpack__()
+        capsule = producer.__dlpack__(**stream)
+    capsule_name = _capsule_name(capsule)
+    structure, used_name = _CAPSULES[capsule_name]
+    managed = structure.from_address(_capsule_pointer(capsule, capsule_name))
+    if managed.major > 1:
+        raise BufferError(f"its DLPack version {managed.major}.{managed.minor} is not known")
+    return capsule, used_name, managed
 
 
 def _bfloat16(name: str) -> np.dtype:

@@ -3,9 +3,13 @@
 A result may be a free slot of a packed buffer, `buffer[:, :, 3]` beside q, k and v at 0, 1 and 2:
 the bounds of the slots overlap, their elements do not. NumPy's `shares_memory` answers exactly but
 may need exponential time; what makes slots disjoint is seen in a few operations.
+
+Only addresses are looked at, never memory: CuPy arrays take part as ndarrays of their addresses.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +18,26 @@ import numpy as np
 _MAX_WORK = 1_000_000
 
 
-def overlap(a: np.ndarray, b: np.ndarray) -> bool:
+class _Addresses:
+    """What NumPy makes an array of at the addresses of a CuPy array's elements."""
+
+    def __init__(self, array: Any) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{array.itemsize}",
+            "shape": array.shape,
+            "strides": array.strides,
+            "data": (array.data.ptr, True),
+        }
+
+
+def _as_numpy(a: Any) -> np.ndarray:
+    return a if isinstance(a, np.ndarray) else np.asarray(_Addresses(a))
+
+
+def overlap(a: Any, b: Any) -> bool:
     """Whether a byte belongs to an element of both; True too where the search would not end."""
+    a, b = _as_numpy(a), _as_numpy(b)
     if not np.may_share_memory(a, b) or _interleaved(a, b):
         return False
     try:
@@ -24,8 +46,9 @@ def overlap(a: np.ndarray, b: np.ndarray) -> bool:
         return True
 
 
-def overlaps_itself(a: np.ndarray) -> bool:
+def overlaps_itself(a: Any) -> bool:
     """Whether two elements of one array have a byte in common, as along an axis of stride 0."""
+    a = _as_numpy(a)
     reach = a.itemsize
     for stride, length in sorted((abs(s), n) for s, n in zip(a.strides, a.shape) if n > 1):
         if stride < reach:

@@ -4,6 +4,9 @@ A `Problem` is an immutable value. Its arrays are plain, broadcast and in range,
 folded into the fewest that say the same, and nothing behind it looks at a user's argument again.
 Small calls feel each step made here, so an option that is absent costs one comparison.
 
+The library and device of q are those of the call: every array must be there, but for integers on
+the host, which are checked and moved. What is on a GPU is never read here, for that would wait.
+
 Every error names the argument, says what it was and what was expected, and is raised before a
 result is allocated or written.
 """
@@ -18,12 +21,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn._backends import is_cupy_array
-from fastattn._dlpack import from_dlpack
+from fastattn._backends import (
+    PLAIN_ARRAYS,
+    arithmetic_on,
+    is_cupy_array,
+    load_cupy,
+    namespace_of,
+    to_device,
+)
+from fastattn._dlpack import from_dlpack, is_on_device, refuse_read_only
 from fastattn._overlap import overlap, overlaps_itself
+
+Array = Any  # checked: an ndarray or a cupy.ndarray
 
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
+_INT64 = np.dtype(np.int64)
 _ACCUMULATION: dict[str, np.dtype] = {
     "float16": _FLOAT32,
     "bfloat16": _FLOAT32,
@@ -60,24 +73,26 @@ class Problem(NamedTuple):
     Dv: int
     dtype: str  # of q, k, v: "float16", "bfloat16", "float32" or "float64"
     acc: np.dtype  # accumulation: float32, or float64 for float64
-    q: np.ndarray  # lead + (Hq, Lq, D), any strides and alignment; so are k and v
-    k: np.ndarray
-    v: np.ndarray
-    attn_mask: np.ndarray | None  # view of shape lead + (Hq, Lq, Lk), bool or float; so is bias
-    bias: np.ndarray | None
+    q: Array  # lead + (Hq, Lq, D), any strides and alignment; so are k and v
+    k: Array
+    v: Array
+    attn_mask: Array | None  # view of shape lead + (Hq, Lq, Lk), bool or float; so is bias
+    bias: Array | None
     window_left: int | None  # None = unbounded; is_causal is window_right = 0
     window_right: int | None
-    causal_offset: np.ndarray | None  # int64 (batch,), contiguous; None = 0 everywhere
-    q_lens: np.ndarray | None  # int64 (batch,), contiguous, within the axis; so is kv_lens
-    kv_lens: np.ndarray | None
-    q_segment_ids: np.ndarray | None  # int64 views, lead + (Lq,) and lead + (Lk,); both or none
-    kv_segment_ids: np.ndarray | None
+    # int64 (batch,), contiguous; None = 0 everywhere; with CuPy also an int, for all entries
+    causal_offset: Array | int | None
+    # int64 (batch,), contiguous; within the axis, unless the caller had them on the device
+    q_lens: Array | None
+    kv_lens: Array | None
+    q_segment_ids: Array | None  # int64 views, lead + (Lq,) and lead + (Lk,); both or none
+    kv_segment_ids: Array | None
     scale: float  # finite
     softcap: float  # 0.0 = off
-    alibi_slopes: np.ndarray | None  # (Hq,), contiguous, dtype acc; so is sinks
-    sinks: np.ndarray | None
+    alibi_slopes: Array | None  # (Hq,), contiguous, dtype acc; so is sinks
+    sinks: Array | None
     dropout_p: float
-    seed: int  # in [0, 2**64); 0 when dropout_p is 0
+    seed: Array | int  # in [0, 2**64), or CuPy's uint64 (1,) or (); 0 when dropout_p is 0
     deterministic: bool
     num_threads: int | None
 
@@ -109,9 +124,10 @@ def make_problem(
 
     Positional, because passing this many keywords would take longer than all the checks.
     """
-    q = as_array(names[0], q)
-    k = as_array(names[1], k)
-    v = as_array(names[2], v)
+    if not (type(q) is type(k) is type(v) is np.ndarray):  # plain as they are
+        q = as_array(names[0], q)
+        k = beside(names[1], k, names[0], q)
+        v = beside(names[2], v, names[0], q)
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     q_dtype = q.dtype
     dtype = _FLOAT_NAMES.get(q_dtype)
@@ -142,25 +158,28 @@ def make_problem(
     batch = math.prod(lead)
 
     if attn_mask is not None:
-        attn_mask = _broadcast_mask("attn_mask", attn_mask, (*lead, Hq, Lq, Lk))
+        attn_mask = _broadcast_mask("attn_mask", attn_mask, names[0], q, (*lead, Hq, Lq, Lk))
     if bias is not None:
-        bias = _broadcast_mask("bias", bias, (*lead, Hq, Lq, Lk))
+        bias = _broadcast_mask("bias", bias, names[0], q, (*lead, Hq, Lq, Lk))
 
     if q_lens is not None:
         meaning = f"the length of {names[0]}'s axis -2"
-        q_lens = _per_batch("q_lens", q_lens, lead, batch, 0, Lq, meaning)
+        q_lens = _per_batch("q_lens", q_lens, names[0], q, lead, batch, 0, Lq, meaning)
     if kv_lens is not None:
         meaning = f"the length of {names[1]}'s axis -2"
-        kv_lens = _per_batch("kv_lens", kv_lens, lead, batch, 0, Lk, meaning)
+        kv_lens = _per_batch("kv_lens", kv_lens, names[0], q, lead, batch, 0, Lk, meaning)
     if causal_offset is None or (type(causal_offset) is int and causal_offset == 0):
         causal_offset = None
     elif isinstance(causal_offset, str):
-        causal_offset = _lower_right(causal_offset, q_lens, kv_lens, batch, Lq, Lk)
+        causal_offset = _lower_right(causal_offset, q_lens, kv_lens, q, batch, Lq, Lk)
     else:
+        given = causal_offset
         causal_offset = _per_batch(
-            "causal_offset", causal_offset, lead, batch,
+            "causal_offset", causal_offset, names[0], q, lead, batch,
             -_FARTHEST_OFFSET, _FARTHEST_OFFSET, "far beyond any axis",
         )  # fmt: skip
+        if type(given) is int and type(q) is not np.ndarray:
+            causal_offset = given  # one number for all entries needs no memory of the device
     window_left = window_right = None
     if window_size is not None:
         window_left, window_right = _window(window_size)
@@ -173,8 +192,8 @@ def make_problem(
             if q_segment_ids is None:
                 given, missing = missing, given
             raise ValueError(f"{given} was given without {missing}: segments need both")
-        q_segment_ids = _segments("q_segment_ids", q_segment_ids, (*lead, Lq))
-        kv_segment_ids = _segments("kv_segment_ids", kv_segment_ids, (*lead, Lk))
+        q_segment_ids = _segments("q_segment_ids", q_segment_ids, names[0], q, (*lead, Lq))
+        kv_segment_ids = _segments("kv_segment_ids", kv_segment_ids, names[0], q, (*lead, Lk))
 
     if scale is None:
         scale = 1.0 / math.sqrt(D) if D else 1.0
@@ -187,14 +206,12 @@ def make_problem(
         if softcap < 0.0:
             raise ValueError(f"softcap must be positive, or 0 or None for off, got {softcap}")
     if alibi_slopes is not None:
-        alibi_slopes = _per_head("alibi_slopes", alibi_slopes, Hq, acc)
+        alibi_slopes = _per_head("alibi_slopes", alibi_slopes, names[0], q, Hq, acc)
     if sinks is not None:
-        sinks = _per_head("sinks", sinks, Hq, acc)
+        sinks = _per_head("sinks", sinks, names[0], q, Hq, acc)
 
     if seed is not None:
-        seed = _index("seed", seed)
-        if not 0 <= seed < 1 << 64:
-            raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+        seed = _seed(seed, names[0], q)
     dropout_p = _real("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:  # NaN as well
         raise ValueError(f"dropout_p must be a probability, 0 to 1, got {dropout_p}")
@@ -207,6 +224,12 @@ def make_problem(
     if num_threads is not None:
         num_threads = thread_count("num_threads", num_threads)
 
+    if type(q) is not np.ndarray:
+        causal_offset, q_lens, kv_lens, q_segment_ids, kv_segment_ids = (
+            to_device(array, q) if type(array) is np.ndarray else array
+            for array in (causal_offset, q_lens, kv_lens, q_segment_ids, kv_segment_ids)
+        )
+
     return tuple.__new__(  # a third of the time that Problem(...) takes
         Problem,
         (
@@ -218,9 +241,9 @@ def make_problem(
     )  # fmt: skip
 
 
-def as_array(name: str, value: Any) -> np.ndarray:
-    """An array argument as a plain ndarray over the same memory; no dtype is refused here."""
-    if type(value) is np.ndarray:
+def as_array(name: str, value: Any, written: bool = False) -> Array:
+    """An array argument as a plain array over the same memory; no dtype is refused here."""
+    if type(value) in PLAIN_ARRAYS:
         return value
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
@@ -234,15 +257,43 @@ def as_array(name: str, value: Any) -> np.ndarray:
     if isinstance(value, np.generic):  # what NumPy makes of a 0-d array wherever it can
         return np.asarray(value)
     if is_cupy_array(value):
-        raise TypeError(
-            f"{name} is a CuPy array, and this version of fastattn computes on the CPU only; "
-            "pass cupy.asnumpy of it"
-        )
-    if hasattr(type(value), "__dlpack__"):
-        return from_dlpack(name, value)
+        cupy = load_cupy()
+        if isinstance(value, cupy.ndarray):
+            return value.view(cupy.ndarray)
+    elif hasattr(type(value), "__dlpack__"):
+        return from_dlpack(name, value, written)
     raise TypeError(
-        f"{name} must be a NumPy array, or one that exports __dlpack__, got {describe(value)}"
+        f"{name} must be a NumPy or CuPy array, or one that exports __dlpack__, got "
+        f"{describe(value)}"
     )
+
+
+def beside(name: str, value: Any, q_name: str, q: Array, written: bool = False) -> Array:
+    """An array argument as `as_array` has it, of the library and on the device of q."""
+    if type(value) is np.ndarray is type(q):
+        return value
+    array = as_array(name, value, written)
+    check_place(name, array, q_name, q)
+    return array
+
+
+def check_place(name: str, array: Array, q_name: str, q: Array) -> None:
+    """Refuse an array that is of another library than q, or on another device."""
+    if type(array) is type(q):
+        if type(q) is np.ndarray or array.data.device_id == q.data.device_id:
+            return
+        helps = "the arrays of a call must be on one device"
+    elif type(array) is np.ndarray:
+        helps = f"pass cupy.asarray({name})"
+    else:
+        helps = f"pass cupy.asnumpy({name}), or the others as CuPy arrays"
+    raise TypeError(f"{name} is {_place(array)}, but {q_name} is {_place(q)}: {helps}")
+
+
+def _place(array: Array) -> str:
+    if type(array) is np.ndarray:
+        return "a NumPy array"
+    return f"a CuPy array on device {array.data.device_id}"
 
 
 def _is_array(value: Any) -> bool:
@@ -258,7 +309,7 @@ def float_name(dtype: np.dtype) -> str | None:
     return name
 
 
-def accumulation_dtype(name: str, array: np.ndarray) -> np.dtype:
+def accumulation_dtype(name: str, array: Array) -> np.dtype:
     """The dtype that arithmetic on a float array is done in; a TypeError for any other array."""
     dtype = float_name(array.dtype)
     if dtype is None:
@@ -281,7 +332,7 @@ def _describe_dtype(dtype: np.dtype) -> str:
     return f"{dtype.name} in the other byte order ({dtype.str!r})"
 
 
-def _common_dtype(names: tuple[str, ...], arrays: tuple[np.ndarray, ...]) -> str:
+def _common_dtype(names: tuple[str, ...], arrays: tuple[Array, ...]) -> str:
     """The name of the arrays' one dtype, where it is not among those known at once."""
     for name, array in zip(names, arrays):
         accumulation_dtype(name, array)
@@ -312,19 +363,19 @@ def _refuse_shapes(
     raise ValueError(f"shapes do not fit, {wrong}: {given}")
 
 
-def broadcast(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def broadcast(name: str, array: Array, shape: tuple[int, ...]) -> Array:
     """A view of the array broadcast to `shape`, which it must not enlarge."""
     if array.shape == shape:
         return array
     try:
-        return np.broadcast_to(array, shape)
+        return namespace_of(array).broadcast_to(array, shape)
     except ValueError:
         raise ValueError(f"{name} must broadcast to shape {shape}, got {array.shape}") from None
 
 
-def _broadcast_mask(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+def _broadcast_mask(name: str, value: Any, q_name: str, q: Array, shape: tuple[int, ...]) -> Array:
     """attn_mask or bias, as a view of the scores' shape."""
-    array = as_array(name, value)
+    array = beside(name, value, q_name, q)
     if float_name(array.dtype) is None and not (name == "attn_mask" and array.dtype == bool):
         expected = f"of a float dtype that is added to the scores ({_FLOATS})"
         if name == "attn_mask":
@@ -333,30 +384,43 @@ def _broadcast_mask(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray
     return broadcast(name, array, shape)
 
 
-def _per_head(name: str, value: Any, heads: int, acc: np.dtype) -> np.ndarray:
+def _per_head(name: str, value: Any, q_name: str, q: Array, heads: int, acc: np.dtype) -> Array:
     """alibi_slopes or sinks: one number per query head, in the accumulation dtype."""
-    array = as_array(name, value)
+    array = beside(name, value, q_name, q)
     accumulation_dtype(name, array)
     if array.shape != (heads,):
         raise ValueError(
             f"{name} must have shape ({heads},), one per query head, got {array.shape}"
         )
-    return np.ascontiguousarray(cast(array, acc))
+    return _contiguous(array, acc)
 
 
-def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The array in another float dtype, itself where it has it; silent where a value overflows."""
+def cast(array: Array, dtype: np.dtype) -> Array:
+    """The array in another dtype, itself where it has it; silent where a value overflows."""
     if array.dtype == dtype:
         return array
-    with np.errstate(all="ignore"):
+    with arithmetic_on(array):
         return array.astype(dtype)
 
 
-def _integers(name: str, value: Any) -> np.ndarray:
-    """An int, a sequence of ints or an integer array, as an array whose values fit int64."""
+def _contiguous(array: Array, dtype: np.dtype) -> Array:
+    """The array in another dtype and in C order, itself where it is so."""
+    if array.dtype == dtype and array.flags.c_contiguous:
+        return array
+    with arithmetic_on(array):
+        return namespace_of(array).ascontiguousarray(array.astype(dtype, copy=False))
+
+
+def _integers(name: str, value: Any, q_name: str, q: Array) -> Array:
+    """An int, a sequence of ints or an integer array, as an array whose values fit int64.
+
+    It is on the host, or on q's device, and then nothing is known of its values.
+    """
     expected = f"{name} must be an int, a sequence of ints or an integer array"
     if _is_array(value):
         array = as_array(name, value)
+        if type(array) is not np.ndarray:
+            check_place(name, array, q_name, q)
     elif isinstance(value, (int, np.integer, Sequence)) and not isinstance(
         value, (bool, str, bytes)
     ):
@@ -364,6 +428,8 @@ def _integers(name: str, value: Any) -> np.ndarray:
             array = np.asarray(value)
         except ValueError:
             raise ValueError(f"{expected}, got a ragged sequence") from None
+        except TypeError as error:  # CuPy's scalars, which would have to be waited for
+            raise TypeError(f"{expected}, got a sequence of something else: {error}") from None
         if array.size == 0:  # NumPy sees no ints here and calls it float64
             array = array.astype(np.int64)
         if array.dtype == object and all(type(item) is int for item in array.flat):
@@ -372,7 +438,7 @@ def _integers(name: str, value: Any) -> np.ndarray:
         raise TypeError(f"{expected}, got {describe(value)}")
     if array.dtype.kind not in "iu" or not array.dtype.isnative:
         raise TypeError(f"{expected}, got {_describe_dtype(array.dtype)}")
-    if array.dtype.itemsize == 8 and array.dtype.kind == "u":
+    if type(array) is np.ndarray and array.dtype == np.uint64:
         _check_range(name, array, 0, (1 << 63) - 1, "to fit a signed 64-bit integer")
     return array
 
@@ -387,32 +453,63 @@ def _check_range(name: str, array: np.ndarray, low: int, high: int, meaning: str
 
 
 def _per_batch(
-    name: str, value: Any, lead: tuple[int, ...], batch: int, low: int, high: int, meaning: str
-) -> np.ndarray:
-    """One checked number per batch entry, copied: what was checked is what the backend reads."""
+    name: str, value: Any, q_name: str, q: Array, lead: tuple[int, ...], batch: int,
+    low: int, high: int, meaning: str,
+) -> Array:  # fmt: skip
+    """One number per batch entry, checked on the host and copied there.
+
+    What was checked is what the backend reads; it bounds what it reads on a device itself.
+    """
     if type(value) is int and low <= value <= high:  # much the quickest of the usual ways
         entries = np.empty(batch, np.int64)
         entries.fill(value)
         return entries
-    array = np.array(_integers(name, value))
-    _check_range(name, array, low, high, meaning)
-    return broadcast(name, array, lead).astype(np.int64, order="C").reshape(batch)
+    array = _integers(name, value, q_name, q)
+    if type(array) is np.ndarray:
+        array = np.array(array)
+        _check_range(name, array, low, high, meaning)
+    elif array.dtype == np.uint64:  # beyond int64 is beyond any axis, and must not turn negative
+        with arithmetic_on(array):
+            array = namespace_of(array).minimum(array, np.uint64((1 << 63) - 1))
+    return _contiguous(broadcast(name, array, lead), _INT64).reshape(batch)
 
 
 def _lower_right(
-    word: str, q_lens: np.ndarray | None, kv_lens: np.ndarray | None, batch: int, Lq: int, Lk: int
-) -> np.ndarray:
+    word: str, q_lens: Array | None, kv_lens: Array | None, q: Array, batch: int, Lq: int, Lk: int
+) -> Array | int:
     """The offset that puts the last query on the last key, of the lengths where they are given."""
     if word != "lower_right":
         raise ValueError(
             f"causal_offset must be an int, one per batch entry or 'lower_right', got {word!r}"
         )
-    last_keys = np.full(batch, Lk, np.int64) if kv_lens is None else kv_lens
-    return last_keys - (Lq if q_lens is None else q_lens)
+    lens = [given for given in (q_lens, kv_lens) if given is not None]
+    if not lens and type(q) is not np.ndarray:
+        return Lk - Lq
+    if all(type(given) is np.ndarray for given in lens):
+        last_keys = np.full(batch, Lk, np.int64) if kv_lens is None else kv_lens
+        return last_keys - (Lq if q_lens is None else q_lens)
+    with arithmetic_on(q):  # lengths of the device count as far as their axis goes
+        last_keys = Lk if kv_lens is None else to_device(kv_lens, q).clip(0, Lk)
+        return last_keys - (Lq if q_lens is None else to_device(q_lens, q).clip(0, Lq))
 
 
-def _segments(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    return broadcast(name, _integers(name, value).astype(np.int64, copy=False), shape)
+def _segments(name: str, value: Any, q_name: str, q: Array, shape: tuple[int, ...]) -> Array:
+    return broadcast(name, cast(_integers(name, value, q_name, q), _INT64), shape)
+
+
+def _seed(value: Any, q_name: str, q: Array) -> Array | int:
+    """The key of dropout: an int, or an array of the device that is not read."""
+    if type(value) is not int and is_on_device(value):
+        array = beside("seed", value, q_name, q)
+        if array.dtype != np.uint64:
+            raise TypeError(f"seed must be an int or uint64, got {_describe_dtype(array.dtype)}")
+        if array.size != 1:
+            raise ValueError(f"seed must have one element, got shape {array.shape}")
+        return array.reshape(1)
+    seed = _index("seed", value)
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+    return seed
 
 
 def _window(value: Any) -> tuple[int | None, int | None]:
@@ -441,8 +538,10 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def _index(name: str, value: Any) -> int:
-    """An int, or what stands for one; a bool does not."""
-    if not isinstance(value, (bool, np.bool_)):
+    """An int, or what stands for one; a bool does not, nor what is on a GPU."""
+    if type(value) is int:
+        return value
+    if not isinstance(value, (bool, np.bool_)) and not is_on_device(value):
         try:
             return operator.index(value)
         except TypeError:
@@ -479,18 +578,17 @@ def _finite(name: str, value: Any) -> float:
     return number
 
 
-def check_outputs(
-    problem: Problem, out: Any, inputs: dict[str, Any]
-) -> tuple[np.ndarray, np.ndarray | None]:
+def check_outputs(problem: Problem, out: Any, inputs: dict[str, Any]) -> tuple[Array, Array | None]:
     """The arrays of a forward's `out=`: out, and lse where it was given as well.
 
     `inputs` are the arguments as they were given, as the problem may hold copies.
     """
     out, lse = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
     out_shape = (*problem.q.shape[:-1], problem.Dv)
-    results = {"out": _result("out", out, out_shape, _out_dtypes(problem))}
+    q = problem.q
+    results = {"out": _result("out", out, q, out_shape, _out_dtypes(problem))}
     if lse is not None:
-        results["out[1] (lse)"] = _result("out[1] (lse)", lse, out_shape[:-1], [problem.acc])
+        results["out[1] (lse)"] = _result("out[1] (lse)", lse, q, out_shape[:-1], [problem.acc])
 
     given = {
         name: as_array(name, value)
@@ -518,18 +616,18 @@ def _out_dtypes(problem: Problem) -> list[np.dtype]:
     return [dtype] if problem.acc == dtype else [dtype, problem.acc]
 
 
-def _result(name: str, value: Any, shape: tuple[int, ...], dtypes: list[np.dtype]) -> np.ndarray:
-    """An array to be written: right in shape and dtype, and writeable."""
-    array = as_array(name, value)
+def _result(
+    name: str, value: Any, q: Array, shape: tuple[int, ...], dtypes: list[np.dtype]
+) -> Array:
+    """An array to be written: right in place, shape and dtype, and writeable."""
+    array = beside(name, value, "q", q, written=True)
     _check_like(name, array, shape, dtypes)
-    if not array.flags.writeable:
-        raise ValueError(f"{name} is read-only, and the result is to be written to it")
+    if type(array) is np.ndarray and not array.flags.writeable:
+        refuse_read_only(name)
     return array
 
 
-def _check_like(
-    name: str, array: np.ndarray, shape: tuple[int, ...], dtypes: list[np.dtype]
-) -> None:
+def _check_like(name: str, array: Array, shape: tuple[int, ...], dtypes: list[np.dtype]) -> None:
     if array.dtype not in dtypes:
         expected = " or ".join(dtype.name for dtype in dtypes)
         raise TypeError(f"{name} must be {expected}, got {_describe_dtype(array.dtype)}")
@@ -539,16 +637,17 @@ def _check_like(
 
 def check_backward(
     problem: Problem, dout: Any, out: Any, lse: Any, dlse: Any
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+) -> tuple[Array, Array, Array, Array | None]:
     """dout, out, lse and dlse (in the accumulation dtype), as arrays that fit the problem."""
     out_shape = (*problem.q.shape[:-1], problem.Dv)
-    dtype, acc = problem.q.dtype, problem.acc
-    dout, out, lse = as_array("dout", dout), as_array("out", out), as_array("lse", lse)
+    q, dtype, acc = problem.q, problem.q.dtype, problem.acc
+    dout, out = beside("dout", dout, "q", q), beside("out", out, "q", q)
+    lse = beside("lse", lse, "q", q)
     _check_like("dout", dout, out_shape, [dtype])
     _check_like("out", out, out_shape, _out_dtypes(problem))
     _check_like("lse", lse, out_shape[:-1], [acc])
     if dlse is not None:
-        dlse = as_array("dlse", dlse)
+        dlse = beside("dlse", dlse, "q", q)
         accumulation_dtype("dlse", dlse)
         _check_like("dlse", dlse, out_shape[:-1], [dlse.dtype])
         dlse = cast(dlse, acc)

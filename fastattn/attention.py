@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn._backends import backend_of
+from fastattn._backends import arithmetic_on, backend_of, is_elsewhere, namespace_of
 from fastattn._problem import (
     Problem,
     as_array,
@@ -24,7 +24,7 @@ from fastattn._problem import (
     make_problem,
 )
 
-# Arrays are NumPy's, or any that export __dlpack__: no type names them all.
+# Arrays are NumPy's, CuPy's, or any that export __dlpack__: no type names them all.
 Array = Any
 Integers = Any  # an int, a sequence of ints or an integer array
 
@@ -32,19 +32,19 @@ Integers = Any  # an int, a sequence of ints or an integer array
 class AttentionResult(NamedTuple):
     """What a forward gives: out (..., Hq, Lq, Dv), and its rows' log-sum-exp, lse (..., Hq, Lq)."""
 
-    out: np.ndarray
-    lse: np.ndarray
+    out: Array
+    lse: Array
 
 
 class AttentionGradients(NamedTuple):
     """What a backward gives: a gradient per name in `wrt`, None for the others."""
 
-    dq: np.ndarray | None
-    dk: np.ndarray | None
-    dv: np.ndarray | None
-    dbias: np.ndarray | None
-    dsinks: np.ndarray | None
-    dalibi_slopes: np.ndarray | None
+    dq: Array | None
+    dk: Array | None
+    dv: Array | None
+    dbias: Array | None
+    dsinks: Array | None
+    dalibi_slopes: Array | None
 
 
 def scaled_dot_product_attention(
@@ -67,8 +67,8 @@ def scaled_dot_product_attention(
     softcap: float | None = None,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
-    seed: int | None = None,
-) -> np.ndarray:
+    seed: int | Array | None = None,
+) -> Array:
     r"""Compute scaled dot product attention, as PyTorch's function of this name does.
 
     .. math:: out = \mathrm{softmax}(scale \; query \, key^T + attn\_mask) \, value
@@ -81,9 +81,10 @@ def scaled_dot_product_attention(
     query : array, shape (..., Hq, Lq, D), dtype float16, bfloat16, float32 or float64
         Two axes (Lq, D) in all three arrays are one head without a head axis. With three axes, the
         first is the head axis (to PyTorch a batch axis, which makes no difference to the result).
-        Read only; any strides, read-only memory and broadcast views included.
+        NumPy's, CuPy's, or any that exports ``__dlpack__``. Read only; any strides, read-only
+        memory and broadcast views included.
     key : array, shape (..., Hkv, Lk, D), dtype of `query`
-        Its leading axes are those of `query`.
+        Its leading axes are those of `query`, and so is its library, and its device on a GPU.
     value : array, shape (..., Hkv, Lk, Dv), dtype of `query`
     attn_mask : array, bool or a float dtype, optional
         Broadcasts to (..., Hq, Lq, Lk), or (Lq, Lk) without a head axis. Bool: True = attend. Float
@@ -104,7 +105,8 @@ def scaled_dot_product_attention(
     Returns
     -------
     array, shape (..., Hq, Lq, Dv), dtype of `query`
-        A new ndarray, laid out in memory as `query` is; (Lq, Dv) without a head axis.
+        New, laid out in memory as `query` is; (Lq, Dv) without a head axis. A CuPy array where
+        `query` is in the memory of a GPU, else an ndarray.
 
     Raises
     ------
@@ -177,7 +179,7 @@ def attention_forward(
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Array | None = None,
     out: Array | tuple[Array, Array] | None = None,
     num_threads: int | None = None,
 ) -> AttentionResult:
@@ -197,14 +199,15 @@ def attention_forward(
     Parameters
     ----------
     q : array, shape (..., Hq, Lq, D), dtype float16, bfloat16, float32 or float64
-        Three axes or more. An ndarray of any strides, unaligned, zero and negative ones included
-        (a (B, L, H, D) array comes in as ``swapaxes(1, 2)``); read-only arrays, `numpy.memmap` and
-        other subclasses are taken as plain ndarrays, and any other array that exports
-        ``__dlpack__`` on the CPU without a copy (PyTorch, JAX; bfloat16 too). bfloat16 is that of
-        ml_dtypes. Inputs are never written, and may overlap one another.
+        Three axes or more. A NumPy or CuPy array of any strides, unaligned, zero and negative ones
+        included (a (B, L, H, D) array comes in as ``swapaxes(1, 2)``); read-only arrays,
+        `numpy.memmap` and other subclasses are taken as plain arrays, and any other array that
+        exports ``__dlpack__`` without a copy (PyTorch, JAX; bfloat16 too), on the CPU as NumPy's
+        and on a CUDA device as CuPy's. bfloat16 is that of ml_dtypes. Inputs are never written, and
+        may overlap one another.
     k : array, shape (..., Hkv, Lk, D), dtype of `q`
         Its leading axes are those of `q`. Hq is a multiple of Hkv, and query head h reads key head
-        ``h // (Hq // Hkv)``.
+        ``h // (Hq // Hkv)``. All arrays are of the library of `q`, and on its device.
     v : array, shape (..., Hkv, Lk, Dv), dtype of `q`
         Any axis of the three may have length 0.
     attn_mask : array, bool or one of the four float dtypes, optional
@@ -231,7 +234,8 @@ def attention_forward(
         Exclude keys ``j < i + causal_offset - left`` and ``j > i + causal_offset + right``; None =
         unbounded on that side.
     q_lens : int, sequence of ints or integer array that broadcasts to the leading axes, optional
-        Queries ``i >= q_lens[b]`` do not exist: their out is 0, their lse -inf. In [0, Lq].
+        Queries ``i >= q_lens[b]`` do not exist: their out is 0, their lse -inf. In [0, Lq]. With
+        CuPy arrays, this and the other integers may be on the host or on the device, see the Notes.
     kv_lens : int, sequence of ints or integer array that broadcasts to the leading axes, optional
         Exclude keys ``j >= kv_lens[b]``. In [0, Lk].
     q_segment_ids, kv_segment_ids : integers that broadcast to (..., Lq) and (..., Lk), optional
@@ -249,7 +253,8 @@ def attention_forward(
         `lse` is that before dropout.
     seed : int in [0, 2**64), optional
         Required when ``dropout_p > 0``. The same seed drops the same pairs, in `attention_backward`
-        too, on any machine and for any number of threads.
+        too, on any machine, CPU or GPU, and for any number of threads. With CuPy arrays, it may be
+        one of uint64 with one element.
     out : array, or tuple (out, lse) of arrays, optional
         Where to put the results: of the shapes below, writeable, of any strides, such as a free
         slot of a packed buffer; no element may belong to an input or to the other. `out` has the
@@ -257,24 +262,26 @@ def attention_forward(
         has the dtype below.
     num_threads : int >= 1, optional
         The most threads to use; default: as `fastattn.set_num_threads` said, else OpenMP's number.
+        Without a meaning on a GPU.
 
     Returns
     -------
     AttentionResult
         A named tuple of ``out (..., Hq, Lq, Dv)``, dtype of `q`, laid out in memory as `q` is, and
-        ``lse (..., Hq, Lq)``, the natural logarithm, float32 (float64 for float64). New ndarrays
-        unless `out` was given.
+        ``lse (..., Hq, Lq)``, the natural logarithm, float32 (float64 for float64). New arrays of
+        NumPy, or of CuPy where `q` is in the memory of a GPU, unless `out` was given.
 
     Raises
     ------
     TypeError
-        An array is not a NumPy array or one that exports ``__dlpack__`` on the CPU; is a masked
-        array, an `numpy.matrix`, a CuPy array (not in this version), or of another dtype (object
-        and big-endian included); a producer refuses to export it (one that requires a gradient
-        needs ``.detach()``). `q`, `k`, `v` differ in dtype. `attn_mask` holds integers. Lengths,
-        offsets, segment ids, `seed`, `num_threads` or a side of `window_size` are not ints (a bool
-        is none), `is_causal` is not a bool, `scale`, `softcap`, `dropout_p` not a real number,
-        `window_size` not a pair. `out` has a wrong dtype.
+        An array is not a NumPy or CuPy array or one that exports ``__dlpack__``; is a masked array,
+        an `numpy.matrix`, or of another dtype (object and big-endian included); a producer refuses
+        to export it (one that requires a gradient needs ``.detach()``). One array is of NumPy and
+        another of CuPy, or they are on different devices; an array is on a CUDA device, and CuPy
+        or, for bfloat16, ml_dtypes is missing. `q`, `k`, `v` differ in dtype. `attn_mask` holds
+        integers. Lengths, offsets, segment ids, `seed`, `num_threads` or a side of `window_size`
+        are not ints (a bool is none), `is_causal` is not a bool, `scale`, `softcap`, `dropout_p`
+        not a real number, `window_size` not a pair. `out` has a wrong dtype.
     ValueError
         Shapes do not fit, Hq is not a multiple of Hkv, a mask or lengths do not broadcast to (but
         would enlarge) their shape, `alibi_slopes` or `sinks` are not (Hq,). A length is negative or
@@ -283,6 +290,8 @@ def attention_forward(
         `softcap` negative, `dropout_p` outside [0, 1] or NaN, `seed` missing or out of range,
         `num_threads` below 1. `out` or `lse` has a wrong shape, is read-only, or shares an element
         with an input, with the other or with itself.
+    ImportError
+        CuPy arrays are given, and CuPy is older than this package needs.
     MemoryError
         A result or a workspace cannot be allocated.
 
@@ -307,6 +316,14 @@ def attention_forward(
     batch, and in every run on one instruction set.
 
     *Memory.* A small workspace per thread beside the results, whatever Lq and Lk.
+
+    *GPU.* CuPy arrays are computed with on their own device, on the stream that is CuPy's current
+    one there, and nothing waits: the call returns before the work is done. Kernels are compiled at
+    the first call of their kind; after it, such a call can be captured in a CUDA graph. Integers on
+    the host are checked as ever and moved, and a graph holds their values. Integers on the device
+    have their shape and dtype checked and are never read by the host, so a graph reads what is in
+    them at each replay: a length outside its axis counts as the nearest that is inside. Subnormal
+    float32 numbers count as zero.
 
     References
     ----------
@@ -349,20 +366,26 @@ def attention_forward(
         "q": q, "k": k, "v": v, "attn_mask": attn_mask, "bias": bias,
         "causal_offset": causal_offset, "q_lens": q_lens, "kv_lens": kv_lens,
         "q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids,
-        "alibi_slopes": alibi_slopes, "sinks": sinks,
+        "alibi_slopes": alibi_slopes, "sinks": sinks, "seed": seed,
     }  # fmt: skip
     return _forward(problem, *check_outputs(problem, out, inputs))
 
 
 def _forward(
-    problem: Problem, out: np.ndarray | None = None, lse: np.ndarray | None = None
+    problem: Problem, out: Array | None = None, lse: Array | None = None
 ) -> AttentionResult:
     """Allocate what was not given, and have it filled; out is laid out in memory as q is."""
     q = problem.q
+    xp = np
+    if type(q) is not np.ndarray:
+        if is_elsewhere(q):  # CuPy allocates on the current device
+            with arithmetic_on(q):
+                return _forward(problem, out, lse)
+        xp = namespace_of(q)
     if out is None:
-        out = np.empty_like(q, shape=(*q.shape[:-1], problem.Dv))
+        out = xp.empty_like(q, shape=(*q.shape[:-1], problem.Dv))
     if lse is None:
-        lse = np.empty(q.shape[:-1], problem.acc)
+        lse = xp.empty(q.shape[:-1], problem.acc)
     backend_of(q).forward(problem, out, lse)
     return AttentionResult(out, lse)
 
@@ -389,7 +412,7 @@ def attention_backward(
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Array | None = None,
     dlse: Array | None = None,
     wrt: Iterable[str] = ("q", "k", "v"),
     deterministic: bool = True,
@@ -431,15 +454,15 @@ def attention_backward(
         The wanted gradients, any of "q", "k", "v", "bias", "sinks", "alibi_slopes"; a lone name may
         be given as a str. The others are not computed.
     deterministic : bool, default True
-        On the CPU the gradients have the same bits in every run, whatever is said here.
+        The gradients have the same bits in every run. False lets a GPU give that up for speed.
     num_threads : int >= 1, optional
         The most threads to use; default: as `fastattn.set_num_threads` said, else OpenMP's number.
 
     Returns
     -------
     AttentionGradients
-        A named tuple of dq, dk, dv, dbias, dsinks, dalibi_slopes: new ndarrays, each with the shape
-        and dtype of its argument and laid out in memory as it is, or None if not in `wrt`.
+        A named tuple of dq, dk, dv, dbias, dsinks, dalibi_slopes: new arrays, each of the library,
+        shape and dtype of its argument and laid out in memory as it is, or None if not in `wrt`.
 
     Raises
     ------
@@ -449,6 +472,8 @@ def attention_backward(
     ValueError
         As `attention_forward`; also where `dout`, `out`, `lse` or `dlse` has a wrong shape, `wrt`
         holds an unknown name or that of an argument that was not given.
+    ImportError
+        As `attention_forward`.
     MemoryError
         A result or a workspace cannot be allocated.
 
@@ -466,7 +491,8 @@ def attention_backward(
 
     Sums are accumulated in float32, in float64 for float64, and rounded once. The same bits come
     out for any number of threads, layout and batch, as in the forward. The scores are computed
-    again, so no memory of size Lq x Lk is used, but for a ``dbias`` of that size.
+    again, so no memory of size Lq x Lk is used, but for a ``dbias`` of that size. What
+    `attention_forward` says of GPUs holds here.
 
     References
     ----------
@@ -495,19 +521,32 @@ def attention_backward(
     dout, out, lse, dlse = check_backward(problem, dout, out, lse, dlse)
     wanted = check_wrt(wrt, bias, sinks, alibi_slopes)
 
-    dq = np.empty_like(problem.q) if "q" in wanted else None
-    dk = np.empty_like(problem.k) if "k" in wanted else None
-    dv = np.empty_like(problem.v) if "v" in wanted else None
+    return _backward(problem, dout, out, lse, dlse, wanted, bias, sinks, alibi_slopes)
+
+
+def _backward(
+    problem: Problem, dout: Array, out: Array, lse: Array, dlse: Array | None,
+    wanted: frozenset[str], bias: Any, sinks: Any, alibi_slopes: Any,
+) -> AttentionGradients:  # fmt: skip
+    """Allocate what is wanted, have it filled, and give it the dtypes of its arguments."""
+    q = problem.q
+    if type(q) is not np.ndarray and is_elsewhere(q):  # CuPy allocates on the current device
+        with arithmetic_on(q):
+            return _backward(problem, dout, out, lse, dlse, wanted, bias, sinks, alibi_slopes)
+    xp = namespace_of(q)
+    dq = xp.empty_like(q) if "q" in wanted else None
+    dk = xp.empty_like(problem.k) if "k" in wanted else None
+    dv = xp.empty_like(problem.v) if "v" in wanted else None
     dbias = dbias_of_scores = None
     if "bias" in wanted:
-        dbias = np.empty_like(as_array("bias", bias))
-        dbias_of_scores = _broadcast_writable(dbias, (*problem.q.shape[:-1], problem.Lk))
+        dbias = xp.empty_like(as_array("bias", bias))
+        dbias_of_scores = _broadcast_writable(dbias, (*q.shape[:-1], problem.Lk))
         if dbias_of_scores.size == 0:  # a sum over nothing, which no backend gets to see
-            dbias.fill(0)
-    dsinks = np.empty(problem.Hq, problem.acc) if "sinks" in wanted else None
-    dalibi_slopes = np.empty(problem.Hq, problem.acc) if "alibi_slopes" in wanted else None
+            dbias.view(f"u{dbias.itemsize}").fill(0)  # which CuPy knows for every dtype
+    dsinks = xp.empty(problem.Hq, problem.acc) if "sinks" in wanted else None
+    dalibi_slopes = xp.empty(problem.Hq, problem.acc) if "alibi_slopes" in wanted else None
 
-    backend_of(problem.q).backward(
+    backend_of(q).backward(
         problem, dout, out, lse, dlse, dq, dk, dv, dbias_of_scores, dsinks, dalibi_slopes
     )
     if dsinks is not None:
@@ -517,7 +556,9 @@ def attention_backward(
     return AttentionGradients(dq, dk, dv, dbias, dsinks, dalibi_slopes)
 
 
-def _broadcast_writable(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _broadcast_writable(array: Array, shape: tuple[int, ...]) -> Array:
     """The array as `broadcast` shows it, but to be written: axes it lacks have stride 0."""
     view = broadcast("bias", array, shape)
+    if type(array) is not np.ndarray:  # CuPy's views may be written
+        return view
     return np.lib.stride_tricks.as_strided(array, view.shape, view.strides, writeable=True)

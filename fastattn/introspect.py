@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -12,10 +13,12 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from fastattn import _cpu
+from fastattn._backends import load_cupy
 
 # Every environment variable that the package reads, and what it is for.
 ENVIRONMENT = {
     "FASTATTN_CPU_ISA": "the ISA whose kernels run; read at the first use",
+    "FASTATTN_GPU_ARCH": "the family of GPU kernels that runs; read at the first use",
     "FASTATTN_NO_OPENMP": "1: build without OpenMP; read by setup.py",
 }
 
@@ -48,7 +51,8 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     Notes
     -----
     A wrong ``FASTATTN_CPU_ISA`` makes every computation fail; here its message is shown in place
-    of the ISA.
+    of the ISA. CuPy is imported where it is installed; what is missing for a GPU is said in place
+    of the device.
     """
     if mode not in ("stdout", "dicts"):
         raise ValueError(f"mode is {mode!r}; expected 'stdout' or 'dicts'")
@@ -61,7 +65,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         "threads": threads(),
         "build": _cpu.build_info(),
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
-        "gpu": "not in this version",
+        "gpu": gpu(),
     }
     if mode == "dicts":
         return facts
@@ -147,6 +151,28 @@ def threads() -> dict[str, Any]:
     return {**facts, "why": why}
 
 
+def gpu() -> dict[str, Any]:
+    """CuPy's version, facts of the device, what is missing for either, and the kernels there are.
+
+    Whatever fails is text here, for a report has to be possible where nothing works.
+    """
+    facts: dict[str, Any] = {"cupy": None, "missing": "", "device": {}, "kernels": []}
+    try:
+        facts["cupy"] = load_cupy().__version__
+        from fastattn import _gpu
+
+        facts["device"] = dict(_gpu.device_info())
+    except Exception as error:
+        facts["missing"] = " ".join(str(error).split()) or type(error).__name__
+    try:
+        from fastattn._gpu import config
+
+        facts["kernels"] = [dict(row) for row in config.table()]
+    except Exception as error:
+        facts["missing"] = facts["missing"] or f"its kernels: {error}"
+    return json.loads(json.dumps(facts, default=str))
+
+
 def as_text(facts: dict[str, Any]) -> str:
     """The facts of `show_config`, for reading."""
     version = facts["versions"]
@@ -156,12 +182,10 @@ def as_text(facts: dict[str, Any]) -> str:
         [row["name"], row["missing"] or row["slow"] or "runs here", row["requires"]]
         for row in facts["isas"]
     ]
-    kernels = [list(facts["kernels"][0]), *(list(row.values()) for row in facts["kernels"])]
     lines = [
         f"fastattn {version['fastattn']}",
         f"Python {version['python']}, NumPy {version['numpy']}, {version['system']}",
         f"GIL: {facts['gil']}",
-        f"GPU: {facts['gpu']}",
         "",
         f"ISA: {chosen['name'] or 'none'} ({chosen['why']})",
         *columns(runs),
@@ -169,7 +193,9 @@ def as_text(facts: dict[str, Any]) -> str:
         f"Threads: {facts['threads']['number']} ({facts['threads']['why']})",
         "",
         "Kernels",
-        *columns(kernels),
+        *columns(as_rows(facts["kernels"])),
+        "",
+        *gpu_as_text(facts["gpu"]),
         "",
         f"Built with {build['compiler'] or 'an unknown compiler'}",
         *columns([["OpenMP", build["openmp"] or "none"], *map(list, build["flags"].items())]),
@@ -183,6 +209,25 @@ def as_text(facts: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def gpu_as_text(facts: dict[str, Any]) -> list[str]:
+    """The lines about the GPU; the kernels are those of the family that runs on it."""
+    cupy = f"CuPy {facts['cupy']}" if facts["cupy"] else "none"
+    lines = [f"GPU: {cupy}" + (f" ({facts['missing']})" if facts["missing"] else "")]
+    if facts["device"]:
+        lines += columns([[name, fact] for name, fact in facts["device"].items()])
+        family = facts["device"].get("kernels")
+        kernels = [row for row in facts["kernels"] if row.get("family", family) == family]
+        if kernels:
+            lines += ["", "Kernels of the GPU", *columns(as_rows(kernels))]
+    return lines
+
+
+def as_rows(table: list[dict[str, Any]]) -> list[list[Any]]:
+    """A table's header and rows."""
+    header = list(dict.fromkeys(name for row in table for name in row))
+    return [header, *([row.get(name, "") for name in header] for row in table)]
 
 
 def columns(rows: list[list[Any]]) -> list[str]:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._backends import namespace_of
-from fastattn._problem import accumulation_dtype, as_array, describe
+from fastattn._backends import arithmetic_on, namespace_of
+from fastattn._problem import accumulation_dtype, as_array, beside, describe
 
 Array = Any
 
 
-def safe_softmax(scores: Array, axis: int = -1) -> np.ndarray:
+def safe_softmax(scores: Array, axis: int = -1) -> Array:
     r"""Compute the softmax along an axis, with zeros where every score is -inf.
 
     .. math:: p_j = \exp(s_j - m) / \sum_l \exp(s_l - m), \quad m = \max_l s_l
@@ -21,14 +21,16 @@ def safe_softmax(scores: Array, axis: int = -1) -> np.ndarray:
     Parameters
     ----------
     scores : array, any shape, dtype float16, bfloat16, float32 or float64
-        Read only; any strides, read-only memory included. -inf excludes an element.
+        NumPy's, CuPy's, or any that exports ``__dlpack__``. Read only; any strides, read-only
+        memory included. -inf excludes an element.
     axis : int, default -1
         The axis whose elements sum to one.
 
     Returns
     -------
     array, shape and dtype of `scores`
-        A new array in the memory order of `scores`, never a view.
+        A new array in the memory order of `scores`, never a view; of CuPy on the device of
+        `scores` where that is on a GPU, else of NumPy.
 
     Raises
     ------
@@ -49,7 +51,8 @@ def safe_softmax(scores: Array, axis: int = -1) -> np.ndarray:
     (pull request 133882) and the ONNX `Attention` operator demands. Nothing else is made finite:
     a NaN or a +inf makes its slice NaN, as in the plain formula. Zero-length axes are legal.
 
-    16-bit scores are computed in float32 and rounded once.
+    16-bit scores are computed in float32 and rounded once. On a GPU, subnormal float32 numbers
+    count as zero, and nothing waits: the work goes to CuPy's current stream.
 
     References
     ----------
@@ -69,19 +72,19 @@ def safe_softmax(scores: Array, axis: int = -1) -> np.ndarray:
     acc = accumulation_dtype("scores", scores)
     axis = _axis(axis, scores.ndim)
     xp = namespace_of(scores)
-    if scores.size == 0:
-        return xp.empty_like(scores)
-    with np.errstate(all="ignore"):  # inf - inf is the NaN that the formula has there
+    with arithmetic_on(scores):  # inf - inf is the NaN that the formula has there
+        if scores.size == 0:
+            return xp.empty_like(scores)
         s = scores.astype(acc, copy=False)
         row_max = s.max(axis=axis, keepdims=True)
         # The maximum is -inf only where every score is: a NaN would be the maximum.
         empty = row_max == -np.inf
         p = xp.exp(s - xp.where(empty, 0, row_max))
         p /= xp.where(empty, 1, p.sum(axis=axis, keepdims=True))
-        return p.astype(scores.dtype, copy=False)
+        return _like(scores, p)
 
 
-def safe_softmax_backward(dprobs: Array, probs: Array, axis: int = -1) -> np.ndarray:
+def safe_softmax_backward(dprobs: Array, probs: Array, axis: int = -1) -> Array:
     r"""Compute the gradient of `safe_softmax` with respect to its scores.
 
     .. math:: ds_j = p_j \, (dp_j - \sum_l p_l \, dp_l)
@@ -89,7 +92,7 @@ def safe_softmax_backward(dprobs: Array, probs: Array, axis: int = -1) -> np.nda
     Parameters
     ----------
     dprobs : array, any shape, dtype float16, bfloat16, float32 or float64
-        The gradient with respect to the probabilities. Read only; any strides.
+        The gradient with respect to the probabilities. Read only; any strides; where `probs` is.
     probs : array, shape and dtype of `dprobs`
         What `safe_softmax` returned. Read only; any strides.
     axis : int, default -1
@@ -98,13 +101,14 @@ def safe_softmax_backward(dprobs: Array, probs: Array, axis: int = -1) -> np.nda
     Returns
     -------
     array, shape and dtype of `probs`
-        A new array in the memory order of `probs`.
+        A new array in the memory order of `probs`, of the library that `safe_softmax` gives.
 
     Raises
     ------
     TypeError
         An argument is not an array of one of the four dtypes in native byte order, the two
-        dtypes differ, or `axis` is not an int.
+        dtypes differ, one is of NumPy and one of CuPy, they are on different devices, or `axis` is
+        not an int.
     ValueError
         The shapes differ, or `axis` is not one of their axes.
 
@@ -128,7 +132,8 @@ def safe_softmax_backward(dprobs: Array, probs: Array, axis: int = -1) -> np.nda
     >>> fastattn.safe_softmax_backward(np.array([1, 3, np.nan], dtype=np.float32), probs)
     array([-0.5,  0.5,  0. ], dtype=float32)
     """
-    dprobs, probs = as_array("dprobs", dprobs), as_array("probs", probs)
+    probs = as_array("probs", probs)
+    dprobs = beside("dprobs", dprobs, "probs", probs)
     accumulation_dtype("dprobs", dprobs)
     acc = accumulation_dtype("probs", probs)
     if dprobs.dtype != probs.dtype:
@@ -140,12 +145,21 @@ def safe_softmax_backward(dprobs: Array, probs: Array, axis: int = -1) -> np.nda
         raise ValueError(f"dprobs must have the shape of probs, {probs.shape}, got {dprobs.shape}")
     axis = _axis(axis, probs.ndim)
     xp = namespace_of(probs)
-    with np.errstate(all="ignore"):
+    with arithmetic_on(probs):
         p = probs.astype(acc, copy=False)
         live = p != 0
-        dp = xp.where(live, dprobs, 0).astype(acc, copy=False)
+        dp = xp.where(live, dprobs.astype(acc, copy=False), 0)
         ds = p * (dp - (p * dp).sum(axis=axis, keepdims=True))
-        return xp.where(live, ds, 0).astype(probs.dtype, copy=False)
+        return _like(probs, xp.where(live, ds, 0))
+
+
+def _like(argument: Array, result: Array) -> Array:
+    """The result in the dtype and memory order of the argument."""
+    if type(result) is np.ndarray:  # whose order NumPy has kept
+        return result.astype(argument.dtype, copy=False)
+    cast = namespace_of(argument).empty_like(argument)  # CuPy makes everything in C order
+    cast[...] = result
+    return cast
 
 
 def _axis(axis: Any, ndim: int) -> int:

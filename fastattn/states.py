@@ -2,7 +2,8 @@
 
 Keys larger than memory, keys that arrive in blocks and keys on several machines are attended to
 block by block: `merge_attention_states` joins the blocks' (out, lse). It is written on the array
-API standard, so that arrays stay in the library they are in.
+API standard, so that arrays stay in the library they are in; where a library has something else in
+its place, a function at the end of this page knows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._problem import as_array, describe
+from fastattn._backends import PLAIN_ARRAYS, arithmetic_on, namespace_of
+from fastattn._problem import as_array, check_place, describe
 from fastattn.attention import AttentionResult
 
 Array = Any
@@ -42,14 +44,14 @@ def merge_attention_states(
     -------
     AttentionResult
         New arrays ``out (..., Dv)`` in the dtype of `out_a` and ``lse (...)`` in that of `lse_a`,
-        of the arguments' own library where it follows the array API standard (NumPy, CuPy, JAX),
-        else of NumPy (PyTorch, by DLPack).
+        of the arguments' own library where that is NumPy, CuPy or another that follows the array
+        API standard (JAX); else of NumPy, or of CuPy for arrays on a GPU (PyTorch, by DLPack).
 
     Raises
     ------
     TypeError
-        An argument is not an array, the arguments are of several libraries, or a dtype is not one
-        of those above or differs between the two states.
+        An argument is not an array, the arguments are of several libraries or on several devices,
+        or a dtype is not one of those above or differs between the two states.
     ValueError
         The shapes of `out_a` and `out_b` differ, or those of `lse_a` and `lse_b` are not theirs
         without the last axis.
@@ -69,7 +71,7 @@ def merge_attention_states(
     `sinks` add to the denominator once: give them to the attention over one block only.
 
     The computation is done in float64 if an argument is, else in float32; each result is rounded
-    once.
+    once. CuPy arrays are merged on their device and the current stream, and nothing waits.
 
     References
     ----------
@@ -99,7 +101,7 @@ def merge_attention_states(
     double = "float64" in (_dtype_name(out_dtype), _dtype_name(lse_dtype))
     acc = xp.float64 if double else xp.float32
 
-    with np.errstate(all="ignore"):  # two empty states: their NaN is not selected
+    with arithmetic_on(out_a):  # two empty states: their NaN is not selected
         a, b = _cast(xp, lse_a, acc), _cast(xp, lse_b, acc)
         difference = a - b
         # exp(smaller - larger): relative to the larger state, which has the weight 1.
@@ -113,31 +115,36 @@ def merge_attention_states(
         out = weight_a * _cast(xp, out_a, acc) + weight_b * _cast(xp, out_b, acc)
         out = _cast(xp, out, out_dtype)
 
-    empty_a, empty_b = lse_a == -xp.inf, lse_b == -xp.inf
-    lse = xp.where(empty_b, lse_a, xp.where(empty_a, lse_b, lse))
-    empty_a, empty_b = (xp.expand_dims(empty, axis=-1) for empty in (empty_a, empty_b))
-    out = xp.where(empty_b, out_a, xp.where(empty_a, out_b, out))
-    out = xp.where(empty_a & empty_b, xp.zeros_like(out), out)
+        empty_a, empty_b = lse_a == -xp.inf, lse_b == -xp.inf
+        lse = _where(xp, empty_b, lse_a, _where(xp, empty_a, lse_b, lse))
+        empty_a, empty_b = (xp.expand_dims(empty, axis=-1) for empty in (empty_a, empty_b))
+        out = _where(xp, empty_b, out_a, _where(xp, empty_a, out_b, out))
+        out = _where(xp, empty_a & empty_b, xp.zeros_like(out), out)
     return AttentionResult(out, lse)
 
 
 def _common_library(**arrays: Any) -> tuple[ModuleType, list[Any]]:
     """The one namespace that all arrays follow, and the arrays as its own.
 
-    What has no namespace of the array API standard becomes NumPy's, as does every subclass of it.
+    What has no namespace of the array API standard becomes NumPy's, or CuPy's where it is on a GPU,
+    as does every subclass of theirs.
     """
-    taken, libraries = [], []
+    taken, libraries = {}, []
     for name, array in arrays.items():
         if isinstance(array, np.ndarray) or not hasattr(array, "__array_namespace__"):
             array = as_array(name, array)
-            libraries.append(np)
+            libraries.append(namespace_of(array))
         else:
             libraries.append(array.__array_namespace__())
-        taken.append(array)
-    if any(library is not libraries[0] for library in libraries):
+        taken[name] = array
+    first, *others = taken
+    if all(type(array) in PLAIN_ARRAYS for array in taken.values()):
+        for name in others:
+            check_place(name, taken[name], first, taken[first])
+    elif any(library is not libraries[0] for library in libraries):
         given = ", ".join(f"{name} is {describe(array)}" for name, array in arrays.items())
         raise TypeError(f"the arrays must be of one library: {given}")
-    return libraries[0], taken
+    return libraries[0], list(taken.values())
 
 
 def _check_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
@@ -179,3 +186,10 @@ def _cast(xp: ModuleType, array: Any, dtype: Any) -> Any:
         return array
     # NumPy 2.0 lacks the function of the standard, and bfloat16 is in no standard.
     return array.astype(dtype) if xp is np else xp.astype(array, dtype)
+
+
+def _where(xp: ModuleType, condition: Any, a: Any, b: Any) -> Any:
+    """Elements of a or b, which share one dtype; CuPy's `where` would make bfloat16 float32."""
+    if xp.__name__ == "cupy" and _dtype_name(a.dtype) == "bfloat16":
+        return xp.where(condition, a.view(xp.uint16), b.view(xp.uint16)).view(a.dtype)
+    return xp.where(condition, a, b)

@@ -1,10 +1,14 @@
 """What the tests of attention share: a Case is one problem, with what its backward needs."""
 
+import contextlib
+import ctypes
+import itertools
 import os
 import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +16,7 @@ import pytest
 
 from fastattn import _cpu, testing
 from fastattn.attention import attention_backward, attention_forward
-from fastattn.testing import assert_forward, assert_gradients, live_pairs
+from fastattn.testing import assert_forward, assert_gradients, live_pairs, random_problem
 
 DTYPES = {
     "float16": np.dtype(np.float16),
@@ -27,12 +31,31 @@ RUNNABLE_ISAS = [row["name"] for row in _cpu.isa_table() if not row["missing"]]
 GRADIENTS = ("dq", "dk", "dv", "dbias", "dsinks", "dalibi_slopes")
 inf, nan = np.inf, np.nan
 
+_CPU_ROWS = [
+    pytest.param(row["isa"], DTYPES[row["dtype"]], id="{isa}-{dtype}".format(**row))
+    for row in KERNELS
+]
+_GPU_ROWS = [
+    pytest.param("cupy", dtype, id=f"cupy-{name}", marks=pytest.mark.gpu)
+    for name, dtype in DTYPES.items()
+]
+# What every target has to keep to, and what only the CPU has: threads, pages.
 all_kernels = pytest.mark.parametrize(
-    ("isa", "dtype"),
-    [(row["isa"], DTYPES[row["dtype"]]) for row in KERNELS],
-    ids=["{isa}-{dtype}".format(**row) for row in KERNELS],
-    indirect=["isa"],
+    ("target", "dtype"), _CPU_ROWS + _GPU_ROWS, indirect=["target"]
 )
+cpu_kernels = pytest.mark.parametrize(("isa", "dtype"), _CPU_ROWS, indirect=["isa"])
+GPU_TILES = (16, 32, 64, 128)  # the sizes that tiles of rows and of keys have there
+
+
+def gpu_rows(*values):
+    """Rows of a table of tests: each of these values on the GPU, with every dtype."""
+    for name, value in itertools.product(DTYPES, values):
+        yield pytest.param("cupy", name, *value, marks=pytest.mark.gpu)
+
+
+def beside(*sizes):
+    """Each size, one less and one more."""
+    return sorted({size + step for size in sizes for step in (-1, 0, 1)})
 
 
 def _remembered(oracle, size=16):
@@ -87,11 +110,11 @@ class Case:
         return replace(self, options={**self.options, **changes}, **fields)
 
     def forward(self, **kwargs):
-        return attention_forward(self.q, self.k, self.v, **self.options, **kwargs)
+        return call(attention_forward, self.q, self.k, self.v, **self.options, **kwargs)
 
     def backward(self, out, lse, wrt=None, **kwargs):
-        return attention_backward(
-            self.dout, self.q, self.k, self.v, out, lse,
+        return call(
+            attention_backward, self.dout, self.q, self.k, self.v, out, lse,
             dlse=self.dlse, wrt=self.wrt if wrt is None else wrt, **self.options, **kwargs,
         )  # fmt: skip
 
@@ -135,6 +158,21 @@ def make_case(rng, dtype, *, lead=(), Hq=2, Hkv=None, Lq, Lk, D, Dv=None, dlse=T
     )
 
 
+def draw_case(seed, dtype, **fixed):
+    """A Case from a drawn problem: dlse or not, NaN in dout where no pair is live."""
+    rng = np.random.default_rng(seed)
+    dtype = DTYPES[dtype]
+    problem = random_problem(rng, dtype=dtype, **fixed)
+    q, k, v, options = (problem[name] for name in ("q", "k", "v", "options"))
+    dout = np.asarray(rng.standard_normal((*q.shape[:-1], v.shape[-1]))).astype(dtype)
+    dlse = np.asarray(rng.standard_normal(q.shape[:-1])).astype(acc_of(dtype))
+    dead = ~live_pairs(q, k, **options).any(axis=-1)
+    if options.get("sinks") is None:  # else lse is not -inf, and the row counts for dsinks
+        dout[dead] = np.nan
+        dlse[dead] = np.inf
+    return Case(q, k, v, dout, dlse if rng.random() < 0.5 else None, options)
+
+
 def shape_id(shape):
     """The id of a test whose parameter is a dict of sizes."""
     sizes = (f"{k}{'x'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in shape.items())
@@ -164,6 +202,21 @@ def assert_same_bits(actual, expected, what=""):
         )
 
 
+def assert_targets_agree(actual, expected):
+    """Assert that results of two targets differ by rounding only: in size, not in kind."""
+    assert actual.keys() == expected.keys()
+    acc = acc_of(expected["out"].dtype)
+    for name, x in expected.items():
+        eps = max(testing.EPS[dtype.name] for dtype in (expected["out"].dtype, x.dtype, acc))
+        x, y = x.astype(np.float64), actual[name].astype(np.float64)
+        np.testing.assert_array_equal(y == -np.inf, x == -np.inf)
+        live = np.isfinite(x)
+        bound = 16 * eps * abs(x[live]).max(initial=0)
+        np.testing.assert_allclose(y[live], x[live], rtol=0, atol=bound, err_msg=name)
+        dead = (x == 0) if name in ("out", "dq") else np.zeros(x.shape, bool)
+        assert not y[dead.all(axis=-1)].any(), f"{name}: rows that are dead on one target only"
+
+
 def run_python(code, *, timeout=120, **environment):
     """Run code in a fresh interpreter; returns what it printed. It may import these helpers."""
     path = os.pathsep.join(filter(None, [os.path.dirname(__file__), *sys.path]))
@@ -176,6 +229,209 @@ def run_python(code, *, timeout=120, **environment):
         f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     )
     return done.stdout
+
+
+# ---------------------------------------------------------------- where a call computes
+
+_on_gpu = False
+
+
+def on_gpu():
+    """Whether `call` computes on the GPU now."""
+    return _on_gpu
+
+
+@contextlib.contextmanager
+def computing_on(target):
+    """Have `call`, and Cases with it, compute elsewhere.
+
+    A target is an ISA of the CPU, "numpy" for the one that is chosen by itself, or "cupy".
+    """
+    global _on_gpu
+    before = _on_gpu
+    isa_before = None if target in ("numpy", "cupy") else _cpu.use_isa(target)
+    _on_gpu = target == "cupy"
+    try:
+        yield
+    finally:
+        _on_gpu = before
+        if isa_before is not None:
+            assert _cpu.use_isa(isa_before) == target
+
+
+def call(function, *args, **kwargs):
+    """Call a public function on the target under test: NumPy arrays in, NumPy arrays out.
+
+    On the GPU, no input may have been written, nor what lies beside inputs, results and the memory
+    that the function allocates, which is full of NaN.
+    """
+    if not _on_gpu:
+        return function(*args, **kwargs)
+    import cupy
+
+    copies, allocator = DeviceCopies((args, kwargs)), GuardedAllocator()
+    args, kwargs = copies.on_device((args, kwargs))
+    with cupy.cuda.using_allocator(allocator):
+        results = function(*args, **kwargs)
+    allocator.check()
+    copies.take_back(kwargs.get("out"))
+    return _map(copies.on_host, results, (cupy.ndarray, np.ndarray))
+
+
+def to_device(tree):
+    """Copies on the GPU of a tree's NumPy arrays, which lie there as they lie here."""
+    return DeviceCopies(tree).on_device(tree)
+
+
+def to_host(tree):
+    """Copies as NumPy arrays of a tree's CuPy arrays, which lie here as they lie there."""
+    import cupy
+
+    return _map(_as_numpy, tree, cupy.ndarray)
+
+
+def _map(function, tree, kind):
+    """Apply a function to the arrays in tuples and dicts; anything else stays as it is."""
+    if isinstance(tree, dict):
+        return {name: _map(function, x, kind) for name, x in tree.items()}
+    if isinstance(tree, tuple):
+        mapped = [_map(function, x, kind) for x in tree]
+        return tree._make(mapped) if hasattr(tree, "_make") else tuple(mapped)
+    return function(tree) if isinstance(tree, kind) else tree
+
+
+GUARD = 512  # bytes on either side of what lies on the GPU, and its alignment
+
+
+class _Block(NamedTuple):
+    """Memory of the host and its copy on the GPU, which lies between guards."""
+
+    low: int  # the address on the host
+    high: int
+    inside: slice  # of the bytes on the GPU, what is not a guard
+    sent: np.ndarray  # the bytes that were copied, guards included
+    memory: Any  # cupy.cuda.MemoryPointer
+
+
+class DeviceCopies:
+    """The NumPy arrays of a tree, copied to the GPU as they lie in memory.
+
+    Strides and alignment stay, and arrays that share memory share it there. The guards on either
+    side are NaN in any dtype: reading them shows, and so does writing.
+    """
+
+    def __init__(self, tree):
+        import cupy
+
+        arrays = []
+        _map(arrays.append, tree, np.ndarray)
+        extents = sorted(_extent(x) for x in arrays if x.size)
+        self.blocks, self.pairs = [], []  # pairs: (NumPy array, CuPy array)
+        while extents:
+            low, high = extents.pop(0)
+            while extents and extents[0][0] < high:
+                high = max(high, extents.pop(0)[1])
+            first = GUARD + low % 16
+            inside = slice(first, first + high - low)
+            sent = np.full(inside.stop + GUARD, 0xFF, np.uint8)
+            sent[inside] = np.frombuffer(ctypes.string_at(low, high - low), np.uint8)
+            memory = cupy.cuda.alloc(sent.size)
+            memory.copy_from_host_async(sent.ctypes.data, sent.size)
+            self.blocks.append(_Block(low, high, inside, sent, memory))
+
+    def on_device(self, tree):
+        return _map(self._copy_of, tree, np.ndarray)
+
+    def _copy_of(self, x):
+        import cupy
+
+        for array, copy in self.pairs:
+            if array is x:
+                return copy
+        if x.size:
+            block = self._block_of(x)
+            at = block.memory + (block.inside.start + _address(x) - block.low)
+            copy = cupy.ndarray(x.shape, x.dtype, at, x.strides)
+        else:
+            copy = cupy.empty(x.shape, x.dtype)
+        self.pairs.append((x, copy))
+        return copy
+
+    def _block_of(self, x):
+        return next(block for block in self.blocks if block.low <= _address(x) < block.high)
+
+    def on_host(self, y):
+        """The array that y is a copy of, or else a copy of y."""
+        import cupy
+
+        assert type(y) is cupy.ndarray, f"a {type(y)} as result of a call with CuPy arrays"
+        for array, copy in self.pairs:
+            if copy is y:
+                return array
+        return _as_numpy(y)
+
+    def take_back(self, written):
+        """Copy what was to be written to where it came from; nothing else may have changed."""
+        results = []
+        _map(results.append, written, object)
+        results = [x for x, copy in self.pairs if x.size and any(copy is y for y in results)]
+        blocks = [self._block_of(x) for x in results]
+        for block in self.blocks:
+            now = _bytes_of(block.memory, block.sent.size)
+            if any(block is other for other in blocks):
+                ctypes.memmove(block.low, now[block.inside].ctypes.data, block.high - block.low)
+                now[block.inside] = block.sent[block.inside]
+            assert np.array_equal(now, block.sent), "an input was written, or memory beside arrays"
+
+
+def _address(x):
+    """Where element 0 lies, of a NumPy or a CuPy array."""
+    return x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
+
+
+def _extent(x):
+    """The addresses of the first byte of an array's elements and of that behind the last."""
+    reach = [(n - 1) * s for n, s in zip(x.shape, x.strides)]
+    low = _address(x) + sum(s for s in reach if s < 0)
+    return low, _address(x) + sum(s for s in reach if s > 0) + x.itemsize
+
+
+def _bytes_of(memory, size):
+    """A copy of device memory, after all that was asked of the current stream before."""
+    import cupy
+
+    copy = np.empty(size, np.uint8)
+    memory.copy_to_host_async(copy.ctypes.data, size)
+    cupy.cuda.get_current_stream().synchronize()
+    return copy
+
+
+def _as_numpy(x):
+    if not x.size:
+        return np.empty(x.shape, x.dtype)
+    low, high = _extent(x)
+    copy = _bytes_of(x.data + (low - x.data.ptr), high - low)
+    return np.ndarray(x.shape, x.dtype, copy, x.data.ptr - low, x.strides)
+
+
+class GuardedAllocator:
+    """CuPy's allocator, but its memory is NaN in any dtype, and so are the guards around it."""
+
+    def __init__(self):
+        self.allocated = []
+
+    def __call__(self, size):
+        import cupy
+
+        memory = cupy.get_default_memory_pool().malloc(size + 2 * GUARD)
+        memory.memset_async(0xFF, size + 2 * GUARD)
+        self.allocated.append((memory, size))
+        return memory + GUARD
+
+    def check(self):
+        for memory, size in self.allocated:
+            for guard in (memory, memory + (GUARD + size)):
+                assert (_bytes_of(guard, GUARD) == 0xFF).all(), "memory beside arrays was written"
 
 
 # ---------------------------------------------------------------- options to try
@@ -238,7 +494,8 @@ OPTIONS = {
     "scale": lambda rng: dict(scale=0.7),
     "scale_negative": lambda rng: dict(scale=-0.4),
     "scale_zero": lambda rng: dict(scale=0.0),
-    "scale_tiny": lambda rng: dict(scale=1e-35),
+    # The GPU flushes subnormal numbers, which are far too large an error beside 1e-35.
+    "scale_tiny": lambda rng: dict(scale=1e-30 if on_gpu() else 1e-35),
     "softcap": lambda rng: dict(softcap=0.8),
     "softcap_large": lambda rng: dict(softcap=1e6, scale=2.0),
     "alibi": lambda rng: dict(alibi_slopes=rng.standard_normal(HQ).astype(np.float32)),

@@ -3,22 +3,35 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastattn
-from fastattn import _backends, _overlap, _problem
+from fastattn import _backends, _overlap, _problem, attention
 from fastattn._problem import Problem, make_problem
-from fastattn.attention import attention_backward, attention_forward
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 
 B, HQ, HKV, LQ, LK, D, DV = 2, 4, 2, 5, 7, 8, 3
 DTYPES = ["float16", bfloat16, "float32", "float64"]
+
+
+def attention_forward(*args, **kwargs):
+    return call(attention.attention_forward, *args, **kwargs)
+
+
+def attention_backward(*args, **kwargs):
+    return call(attention.attention_backward, *args, **kwargs)
+
+
+def scaled_dot_product_attention(*args, **kwargs):
+    return call(fastattn.scaled_dot_product_attention, *args, **kwargs)
 
 
 def arrays(dtype="float32"):
@@ -45,7 +58,7 @@ NAMES = {"q": "query", "k": "key", "v": "value"}
 
 def sdpa(**options):
     given = {NAMES.get(name, name): x for name, x in (arrays() | options).items()}
-    return fastattn.scaled_dot_product_attention(**({"enable_gqa": True} | given))
+    return scaled_dot_product_attention(**({"enable_gqa": True} | given))
 
 
 class NoBackend:
@@ -68,24 +81,15 @@ def big_endian(*shape):
     return np.zeros(shape, ">f4")
 
 
-class CuPyArray:
-    """What CuPy's arrays look like to a test by type."""
-
-    __dlpack__ = None
-
-
-CuPyArray.__module__ = "cupy._core.core"
-
 # Wrong in every function that takes the argument: name, value, error, what the message says.
 # A `{q}` in a message is what the function calls q.
 COMMON = [
     # arrays: kind
-    ("q", [[0.0]], TypeError, "{q} must be a NumPy array, .* got a list"),
-    ("k", None, TypeError, "{k} must be a NumPy array, .* got None"),
-    ("v", 1.5, TypeError, r"{v} must be a NumPy array, .* got 1.5 \(float\)"),
+    ("q", [[0.0]], TypeError, "{q} must be a NumPy or .* got a list"),
+    ("k", None, TypeError, "{k} must be a NumPy or CuPy array, .* got None"),
+    ("v", 1.5, TypeError, r"{v} must be a NumPy or CuPy array, .* got 1.5 \(float\)"),
     ("q", np.ma.zeros((B, HQ, LQ, D)), TypeError, "{q} is a masked array"),
     ("k", zeros(7, 8).view(np.matrix), TypeError, "{k} is an np.matrix"),
-    ("v", CuPyArray(), TypeError, "{v} is a CuPy array, and this version .* CPU"),
     # arrays: dtype
     ("q", zeros(B, HQ, LQ, D, dtype=object), TypeError, "{q} must be one of float16.*got object"),
     ("k", zeros(B, HKV, LK, D, dtype="int64"), TypeError, "{k} must be one of .* got int64"),
@@ -118,7 +122,7 @@ COMMON = [
         "attn_mask must be bool, where True means attend, or of a float dtype .* got int32",
     ),
     ("attn_mask", zeros(LQ, LK, dtype="uint8"), TypeError, "True means attend.* got uint8"),
-    ("attn_mask", [[True] * LK] * LQ, TypeError, "attn_mask must be a NumPy array, .* got a list"),
+    ("attn_mask", [[True] * LK] * LQ, TypeError, "attn_mask must be a NumPy or .* got a list"),
     ("attn_mask", big_endian(LQ, LK), TypeError, "attn_mask .* in the other byte order"),
     ("attn_mask", np.ma.zeros((LQ, LK)), TypeError, "attn_mask is a masked array"),
     (
@@ -132,7 +136,7 @@ COMMON = [
     ("bias", zeros(LQ, LK, dtype=bool), TypeError, "bias must be of a float dtype .* got bool"),
     ("bias", zeros(LQ, LK, dtype="int8"), TypeError, "bias must be of a float dtype .* got int8"),
     ("bias", zeros(HKV, LQ, LK), ValueError, r"bias must broadcast to .* got \(2, 5, 7\)"),
-    ("bias", 0.0, TypeError, "bias must be a NumPy array"),
+    ("bias", 0.0, TypeError, "bias must be a NumPy or CuPy array"),
     # causal and window
     ("is_causal", 1, TypeError, r"is_causal must be True or False, got 1 \(int\)"),
     ("is_causal", None, TypeError, "is_causal must be True or False, got None"),
@@ -190,7 +194,7 @@ COMMON = [
     ("seed", False, TypeError, "seed must be an int, got False"),
     ("alibi_slopes", zeros(HKV), ValueError, r"alibi_slopes must have shape \(4,\), .* got \(2,\)"),
     ("alibi_slopes", zeros(1, HQ), ValueError, r"alibi_slopes must .* got \(1, 4\)"),
-    ("alibi_slopes", [0.0] * HQ, TypeError, "alibi_slopes must be a NumPy array, .* got a list"),
+    ("alibi_slopes", [0.0] * HQ, TypeError, "alibi_slopes must be a NumPy or .* got a list"),
     ("sinks", zeros(), ValueError, r"sinks must have shape \(4,\), .* got \(\)"),
     ("sinks", zeros(HQ, dtype="int64"), TypeError, "sinks must be one of float16, .* got int64"),
     ("sinks", big_endian(HQ), TypeError, "sinks .* in the other byte order"),
@@ -205,12 +209,12 @@ ROWS, RESULT = (B, HQ, LQ), (B, HQ, LQ, DV)
 BACKWARD = [
     ("dout", zeros(*RESULT, dtype="float64"), TypeError, "dout must be float32, got float64"),
     ("dout", zeros(B, HQ, LQ, D), ValueError, r"dout must have shape \(2, 4, 5, 3\), got"),
-    ("dout", [0.0], TypeError, "dout must be a NumPy array"),
+    ("dout", [0.0], TypeError, "dout must be a NumPy or CuPy array"),
     ("out", zeros(*RESULT, dtype="float16"), TypeError, "out must be float32, got float16"),
     ("out", zeros(*RESULT[1:]), ValueError, r"out must have shape \(2, 4, 5, 3\), got \(4, 5, 3\)"),
     ("lse", zeros(*ROWS, dtype="float64"), TypeError, "lse must be float32, got float64"),
     ("lse", zeros(*ROWS, 1), ValueError, r"lse must have shape \(2, 4, 5\), got \(2, 4, 5, 1\)"),
-    ("lse", None, TypeError, "lse must be a NumPy array, .* got None"),
+    ("lse", None, TypeError, "lse must be a NumPy or CuPy array, .* got None"),
     ("dlse", zeros(*ROWS, dtype="int32"), TypeError, "dlse must be one of float16.* got int32"),
     ("dlse", zeros(LQ), ValueError, r"dlse must have shape \(2, 4, 5\), got \(5,\)"),
     ("wrt", None, TypeError, r"wrt must hold names out of .* got None"),
@@ -227,10 +231,10 @@ OUT = [
     ("out", zeros(*RESULT, dtype="float64"), TypeError, "out must be float32, got float64"),
     ("out", zeros(*RESULT, dtype="float16"), TypeError, "out must be float32, got float16"),
     ("out", big_endian(*RESULT), TypeError, "out must be float32, .* other byte order"),
-    ("out", "out", TypeError, "out must be a NumPy array"),
+    ("out", "out", TypeError, "out must be a NumPy or CuPy array"),
     ("out", np.ma.zeros(RESULT, np.float32), TypeError, "out is a masked array"),
-    ("out", [zeros(*RESULT), zeros(*ROWS)], TypeError, "out must be a NumPy array, .* got a list"),
-    ("out", (zeros(*RESULT),) * 3, TypeError, "out must be a NumPy array, .* got a tuple"),
+    ("out", [zeros(*RESULT), zeros(*ROWS)], TypeError, "out must be a NumPy or .* got a list"),
+    ("out", (zeros(*RESULT),) * 3, TypeError, "out must be a NumPy or .* got a tuple"),
     ("out", np.broadcast_to(zeros(), RESULT), ValueError, "out is read-only"),
     (
         "out",
@@ -363,7 +367,7 @@ class TestOverlap:
         with pytest.raises(ValueError, match="out has elements that share memory with one another"):
             forward(out=out)
 
-    def test_slots_of_a_packed_buffer_do_not_overlap(self):
+    def test_slots_of_a_packed_buffer_do_not_overlap(self, xp):
         rng = np.random.default_rng(1)
         packed = rng.standard_normal((B, 16, 4, HQ, D), dtype=np.float32)
         q, k, v, slot = packed.transpose(2, 0, 3, 1, 4)
@@ -373,7 +377,7 @@ class TestOverlap:
         np.testing.assert_array_equal(slot, expected.out)
         np.testing.assert_array_equal(packed[:, :, :3], before)
 
-    def test_interleaved_elements_do_not_overlap(self):
+    def test_interleaved_elements_do_not_overlap(self, xp):
         pairs = np.random.default_rng(2).standard_normal((B, HQ, LQ, 2 * D)).astype(np.float32)
         q, out = pairs[..., ::2], pairs[..., 1::2]
         expected = attention_forward(q, q, q).out
@@ -429,6 +433,285 @@ def test_overlap_that_is_not_decided_counts(monkeypatch):
     assert _overlap.overlap(a, b)
 
 
+# CuPy arrays, of which nothing is read: the checks need no GPU, for they do not touch memory.
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """CuPy, with a backend that must not be called."""
+    cupy = pytest.importorskip("cupy")
+    monkeypatch.setitem(_backends._BACKENDS, cupy.ndarray, NoBackend())
+    return cupy
+
+
+def device_array(shape, dtype="float32", device=0, address=1 << 40, strides=None):
+    """A CuPy array where no memory is."""
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(address, 1 << 30, None, device)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+
+
+def device_arrays(**like):
+    """What an argument's checks can see of NumPy arrays, of CuPy arrays on device 0."""
+    return {name: device_array(x.shape, x.dtype, strides=x.strides) for name, x in like.items()}
+
+
+ON_DEVICE = ("q k v attn_mask bias sinks alibi_slopes dout out lse dlse").split()
+
+
+def can_be_on_device(name, value, error, message):
+    """CuPy has no such dtypes, no subclasses like these, and nothing that is read-only."""
+    if type(value) is tuple and name == "out":
+        return all(can_be_on_device("out", x, error, message) for x in value)
+    if not isinstance(value, np.ndarray) or name not in ON_DEVICE:
+        return True
+    plain = type(value) is np.ndarray and value.dtype.isnative and value.dtype != object
+    return plain and "read-only" not in message
+
+
+def on_device(value):
+    if type(value) is tuple:
+        return tuple(map(on_device, value))
+    return device_arrays(x=value)["x"] if isinstance(value, np.ndarray) else value
+
+
+DEVICE_CASES = [case for case in CASES if can_be_on_device(*case[1:])]
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "value", "error", "message"),
+    DEVICE_CASES,
+    ids=[f"{call.__name__}-{name}-{i}" for i, (call, name, *_) in enumerate(DEVICE_CASES)],
+)
+def test_wrong_argument_on_a_device(cupy, call, name, value, error, message):
+    given = device_arrays(**arrays())
+    if call is backward:
+        given |= device_arrays(dout=zeros(*RESULT), out=zeros(*RESULT), lse=zeros(*ROWS))
+    given[name] = on_device(value) if name in ON_DEVICE else value
+    with pytest.raises(error, match=expected_message(call, message)):
+        call(**given)
+
+
+class TestPlace:
+    """The library and device of q are those of every array."""
+
+    shapes = dict(
+        k=(B, HKV, LK, D), v=(B, HKV, LK, DV), attn_mask=(LQ, LK), bias=(LQ, LK), sinks=(HQ,),
+        alibi_slopes=(HQ,), dout=(B, HQ, LQ, DV), out=(B, HQ, LQ, DV), lse=(B, HQ, LQ),
+        dlse=(B, HQ, LQ),
+    )  # fmt: skip
+    in_forward = "k v attn_mask bias sinks alibi_slopes out".split()
+    both = [(forward, name) for name in in_forward] + [(backward, name) for name in shapes]
+    every = pytest.mark.parametrize(("call", "name"), both)
+
+    def given(self, call, convert):
+        given = dict(arrays())
+        if call is backward:
+            given |= {name: zeros(*self.shapes[name]) for name in ("dout", "out", "lse")}
+        return {name: convert(x) for name, x in given.items()}
+
+    @every
+    def test_numpy_among_cupy(self, cupy, call, name):
+        given = self.given(call, on_device) | {name: zeros(*self.shapes[name])}
+        message = (
+            f"{name} is a NumPy array, but q is a CuPy array on device 0: "
+            rf"pass cupy.asarray\({name}\)"
+        )
+        with pytest.raises(TypeError, match=message):
+            call(**given)
+
+    @every
+    def test_cupy_among_numpy(self, cupy, no_backend, call, name):
+        given = self.given(call, lambda x: x) | {name: device_array(self.shapes[name])}
+        message = (
+            f"{name} is a CuPy array on device 0, but q is a NumPy array: "
+            rf"pass cupy.asnumpy\({name}\)"
+        )
+        with pytest.raises(TypeError, match=message):
+            call(**given)
+
+    @every
+    def test_two_devices(self, cupy, call, name):
+        given = self.given(call, on_device) | {name: device_array(self.shapes[name], device=1)}
+        message = f"{name} is a CuPy array on device 1, but q is a CuPy array on device 0: .* one"
+        with pytest.raises(TypeError, match=message):
+            call(**given)
+
+    def test_of_lse_to_be_written(self, cupy):
+        out = device_array(RESULT), zeros(*ROWS)
+        with pytest.raises(TypeError, match=r"out\[1\] \(lse\) is a NumPy array, but q is a CuPy"):
+            forward(**device_arrays(**arrays()), out=out)
+
+    @pytest.mark.parametrize(
+        ("name", "shape"),
+        dict(
+            q_lens=(B,), kv_lens=(B,), causal_offset=(B,), q_segment_ids=(LQ,),
+            kv_segment_ids=(LK,), seed=(1,),
+        ).items(),
+    )  # fmt: skip
+    def test_integers(self, cupy, no_backend, name, shape):
+        options = dict(q_segment_ids=0, kv_segment_ids=0, dropout_p=0.5, seed=0)
+        options[name] = device_array(shape, "uint64" if name == "seed" else "int64", device=1)
+        with pytest.raises(TypeError, match=rf"{name} is .*, but q is a NumPy array: .*asnumpy"):
+            forward(**options)
+        with pytest.raises(TypeError, match=f"{name} is a CuPy array on device 1, but q is .* 0"):
+            forward(**device_arrays(**arrays()), **options)
+
+    def test_sdpa_says_query(self, cupy):
+        with pytest.raises(TypeError, match="value is a NumPy array, but query is a CuPy array"):
+            sdpa(**device_arrays(q=arrays()["q"], k=arrays()["k"]))
+        with pytest.raises(TypeError, match="attn_mask is a NumPy array, but query is a CuPy"):
+            sdpa(**device_arrays(**arrays()), attn_mask=np.True_)
+
+    def test_other_functions(self, cupy):
+        x, y = zeros(3, 4), device_array((3, 4))
+        with pytest.raises(TypeError, match="dprobs is a NumPy array, but probs is a CuPy array"):
+            fastattn.safe_softmax_backward(x, y)
+        lse = zeros(3)
+        with pytest.raises(TypeError, match="out_b is a CuPy array on device 0, but out_a is a Nu"):
+            fastattn.merge_attention_states(x, lse, y, lse)
+        with pytest.raises(TypeError, match="lse_a is a CuPy array on device 1, but out_a is a Cu"):
+            fastattn.merge_attention_states(y, device_array((3,), device=1), y, lse)
+
+
+class TestDeviceProblem:
+    """What a backend for CuPy gets, as far as it takes no work of the device."""
+
+    @pytest.fixture(autouse=True)
+    def cupy(self, cupy):
+        self.cupy = cupy
+
+    def problem(self, **options):
+        return problem(**device_arrays(**arrays()), **options)
+
+    def test_arrays_are_as_they_were_given(self):
+        given = device_arrays(**arrays("float16"))
+        p = problem(**given)
+        assert p.q is given["q"] and p.k is given["k"] and p.v is given["v"]
+        assert (p.dtype, p.acc) == ("float16", np.float32)
+        assert problem(**device_arrays(**arrays(bfloat16))).dtype == "bfloat16"
+
+    def test_subclass_becomes_plain(self):
+        class Subclass(self.cupy.ndarray):
+            pass
+
+        q = device_array((B, HQ, LQ, D), address=1 << 41).view(type=Subclass)
+        p = problem(**device_arrays(**arrays()) | {"q": q})
+        assert type(p.q) is self.cupy.ndarray and p.q.data.ptr == 1 << 41
+
+    def test_masks_are_views(self):
+        p = self.problem(attn_mask=device_array((LQ, 1), bool), bias=device_array((HQ, 1, LK)))
+        assert p.attn_mask.shape == p.bias.shape == (B, HQ, LQ, LK)
+        assert (p.attn_mask.strides, p.bias.strides) == ((0, 0, 1, 0), (0, 4 * LK, 0, 4))
+
+    def test_one_offset_is_a_number(self):
+        assert self.problem(causal_offset=-3).causal_offset == -3
+        assert self.problem(causal_offset="lower_right").causal_offset == LK - LQ
+        assert self.problem(causal_offset=0).causal_offset is None
+
+    @pytest.mark.parametrize("name", ["q_lens", "kv_lens", "causal_offset"])
+    def test_numbers_of_the_device_are_taken_as_they_lie(self, name):
+        numbers = device_array((B,), "int64", address=1 << 41)
+        taken = getattr(self.problem(**{name: numbers}), name)
+        assert taken.data.ptr == 1 << 41 and taken.shape == (B,)
+
+    def test_segment_ids_of_the_device_are_views(self):
+        ids = dict(q_segment_ids=device_array((LQ,), "int64"))
+        ids["kv_segment_ids"] = device_array((B, 1), "int64")
+        p = self.problem(**ids)
+        assert (p.q_segment_ids.shape, p.q_segment_ids.strides) == ((B, LQ), (0, 8))
+        assert (p.kv_segment_ids.shape, p.kv_segment_ids.strides) == ((B, LK), (8, 0))
+
+    @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+    def test_seed_of_the_device(self, shape):
+        seed = self.problem(dropout_p=0.5, seed=device_array(shape, "uint64")).seed
+        assert (type(seed), seed.shape) == (self.cupy.ndarray, (1,))
+        assert self.problem(seed=device_array(shape, "uint64")).seed == 0  # without dropout
+
+    @pytest.mark.parametrize(
+        ("name", "value", "error", "message"),
+        [
+            ("kv_lens", ((B,), "float32"), TypeError, "kv_lens must be an int, .* got float32"),
+            ("q_lens", ((B,), "bool"), TypeError, "q_lens must be an int, .* got bool"),
+            ("kv_lens", ((3,), "int32"), ValueError, r"kv_lens must broadcast to .* got \(3,\)"),
+            ("causal_offset", ((1, B), "int64"), ValueError, "causal_offset must broadcast to"),
+            ("seed", ((1,), "int64"), TypeError, "seed must be an int or uint64, got int64"),
+            ("seed", ((2,), "uint64"), ValueError, r"seed must have one element, .* \(2,\)"),
+            ("seed", ((0,), "uint64"), ValueError, r"seed must have one element, .* \(0,\)"),
+            # Numbers that the host would have to wait for.
+            ("scale", ((), "float32"), TypeError, "scale must be a real number, got a cupy"),
+            ("softcap", ((), "float64"), TypeError, "softcap must be a real number"),
+            ("dropout_p", ((), "float64"), TypeError, "dropout_p must be a real number"),
+            ("num_threads", ((), "int64"), TypeError, "num_threads must be an int, got a cupy"),
+            ("is_causal", ((), "bool"), TypeError, "is_causal must be True or False, got a cupy"),
+            ("window_size", ((2,), "int64"), TypeError, "window_size must be a pair"),
+        ],
+    )
+    def test_wrong_numbers_of_the_device(self, name, value, error, message):
+        with pytest.raises(error, match=message):
+            self.problem(**{name: device_array(*value)})
+
+    def test_sequences_of_numbers_of_the_device(self):
+        one = device_array((), "int64")
+        with pytest.raises(TypeError, match="kv_lens must be an int, .* a sequence of something"):
+            self.problem(kv_lens=[one, one])
+        with pytest.raises(TypeError, match="window_size must be an int, got a cupy.ndarray"):
+            self.problem(window_size=(one, None))
+
+    def test_overlap_is_that_of_addresses(self, monkeypatch):
+        monkeypatch.setattr(attention, "is_elsewhere", lambda array: False)
+        packed = device_array((B, 16, 4, HQ, D), address=1 << 41)
+        q, k, v, slot = packed.transpose(2, 0, 3, 1, 4)
+        lse = device_array((B, HQ, 16), address=1 << 42)
+        given = dict(q=q, k=k, v=v)
+        with pytest.raises(AssertionError, match="the backend's forward was called"):
+            forward(**given, out=(slot, lse))
+        with pytest.raises(ValueError, match="out shares an element with k"):
+            forward(**given, out=(k, lse))
+        last = device_array((B, HQ, 16), address=(1 << 41) + packed.nbytes - 1)
+        with pytest.raises(ValueError, match=r"out\[1\] \(lse\) shares an element with out"):
+            forward(**given, out=(slot, last))
+        one = self.cupy.broadcast_to(slot[:1], slot.shape)
+        with pytest.raises(ValueError, match="out has elements that share memory with one another"):
+            forward(**given, out=(one, lse))
+        lens = device_array((B,), "int64", address=slot.data.ptr)
+        with pytest.raises(ValueError, match="out shares an element with kv_lens"):
+            forward(**given, out=(slot, lse), kv_lens=lens)
+
+
+class CuPyArray:
+    """What CuPy's arrays look like to a test by type."""
+
+
+CuPyArray.__module__ = "cupy._core.core"
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ({"cupy": None}, "importing it failed"),
+        ({"cupy": SimpleNamespace(__version__="13.6.0")}, "this is 13.6.0"),
+        (
+            {
+                "cupy": SimpleNamespace(__version__="14.0.0", ndarray=CuPyArray),
+                "fastattn._gpu": None,
+            },
+            "14.0.0 lacks something",
+        ),
+    ],
+    ids=["none", "old", "broken"],
+)
+def test_cupy_that_does_not_serve_is_explained(monkeypatch, modules, message):
+    monkeypatch.delattr(fastattn, "_gpu", raising=False)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    hint = r'pip install "fastattn\[cuda12\]" or "fastattn\[cuda13\]"'
+    with pytest.raises(ImportError, match=f"CuPy 14 or newer, and {message}.*{hint}"):
+        forward(q=CuPyArray())
+    assert CuPyArray not in _backends._BACKENDS
+
+
 ANYTHING = [
     None, True, -1, 0, 1, 7, 2**70, 0.5, np.nan, 1j, "q", "lower_right", (), (1, 2), [1, None], {},
     range(2), np.zeros(2, int), np.zeros((2, 5), np.uint64), np.zeros(4), np.ones((5, 7), bool),
@@ -456,7 +739,7 @@ def test_anything_is_a_problem_or_an_error_that_names_an_argument(options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_out_as_array_and_as_pair(dtype):
+def test_out_as_array_and_as_pair(xp, dtype):
     given = arrays(dtype)
     expected = attention_forward(**given)
     assert expected.out.dtype == dtype
@@ -473,7 +756,7 @@ def test_out_as_array_and_as_pair(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", bfloat16], ids=str)
-def test_out_of_float32_for_16_bit(dtype):
+def test_out_of_float32_for_16_bit(xp, dtype):
     given = arrays(dtype)
     expected = attention_forward(**given)
     result = attention_forward(**given, out=np.empty(RESULT, np.float32))
@@ -540,7 +823,7 @@ def order_of_axes(x):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_results_keep_the_memory_order(order):
+def test_results_keep_the_memory_order(xp, order):
     rng = np.random.default_rng(4)
     arrange = ORDERS[order]
     q, k = (arrange(rng.standard_normal((2, 3, 4, 5))) for _ in range(2))
@@ -549,13 +832,13 @@ def test_results_keep_the_memory_order(order):
     options = dict(bias=bias, wrt=("q", "k", "v", "bias"))
     out, lse = attention_forward(q, k, v, bias=bias)
     grads = attention_backward(dout, q, k, v, out, lse, **options)
-    assert fastattn.scaled_dot_product_attention(q, k, v, bias=bias).strides == out.strides
+    assert scaled_dot_product_attention(q, k, v, bias=bias).strides == out.strides
     assert order_of_axes(out) == order_of_axes(q)
     for result, like in zip(grads, (q, k, v, bias)):
         assert result.strides == np.empty_like(like).strides and result.shape == like.shape
 
 
-def test_wrt():
+def test_wrt(xp):
     result = forward()
     given = arrays() | dict(dout=result.out, out=result.out, lse=result.lse)
     bias = np.zeros((HQ, 1, LK), "float16")
@@ -577,7 +860,7 @@ def test_wrt():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dlse_of_any_float_dtype(dtype):
+def test_dlse_of_any_float_dtype(xp, dtype):
     result = forward()
     given = arrays() | dict(dout=result.out, out=result.out, lse=result.lse)
     dlse = np.random.default_rng(6).standard_normal(ROWS).astype(dtype)
@@ -593,7 +876,7 @@ def test_bfloat16_is_known_when_first_seen(monkeypatch):
     assert _problem._FLOAT_NAMES[bfloat16] == "bfloat16"
 
 
-def test_gradient_of_a_bias_that_nothing_reads_is_zero():
+def test_gradient_of_a_bias_that_nothing_reads_is_zero(xp):
     q = np.zeros((0, HQ, LQ, D))
     bias = np.ones((LQ, LK))
     k = np.zeros((0, HQ, LK, D))
@@ -602,20 +885,20 @@ def test_gradient_of_a_bias_that_nothing_reads_is_zero():
     np.testing.assert_array_equal(dbias, np.zeros((LQ, LK)))
 
 
-def test_sdpa_without_a_head_axis():
+def test_sdpa_without_a_head_axis(xp):
     x = arrays()
     q, k, v = x["q"][0, 0], x["k"][0, 0], x["v"][0, 0]
     mask = np.random.default_rng(5).random((LQ, LK)) < 0.5
     expected = attention_forward(q[None], k[None], v[None], attn_mask=mask).out[0]
-    out = fastattn.scaled_dot_product_attention(q, k, v, mask)
+    out = scaled_dot_product_attention(q, k, v, mask)
     assert out.shape == (LQ, DV)
     np.testing.assert_array_equal(out, expected)
 
 
-def test_sdpa_shares_one_key_head_unasked():
+def test_sdpa_shares_one_key_head_unasked(xp):
     x = arrays()
     k, v = x["k"][:, :1], x["v"][:, :1]
-    out = fastattn.scaled_dot_product_attention(x["q"], k, v)
+    out = scaled_dot_product_attention(x["q"], k, v)
     np.testing.assert_array_equal(out, attention_forward(x["q"], k, v).out)
 
 

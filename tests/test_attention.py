@@ -1,4 +1,4 @@
-"""The forward against the oracle: shapes, head sizes, options, `out=`, on every ISA."""
+"""The forward against the oracle: shapes, head sizes, options, `out=`, on every target."""
 
 import itertools
 
@@ -6,14 +6,19 @@ import numpy as np
 import pytest
 from helpers import (
     DTYPES,
+    GPU_TILES,
     KERNELS,
     OPTIONS,
     Case,
     acc_of,
     all_kernels,
     assert_same_bits,
+    beside,
     bits,
+    call,
+    gpu_rows,
     make_case,
+    on_gpu,
     option_case,
     shape_id,
 )
@@ -27,11 +32,6 @@ def check_forward(case):
     out, lse = case.forward()
     assert_forward(case.q, case.k, case.v, out, lse, **case.options)
     return out, lse
-
-
-def beside(*sizes):
-    """Each size, one less and one more."""
-    return sorted({size + step for size in sizes for step in (-1, 0, 1)})
 
 
 # ---------------------------------------------------------------- shapes
@@ -70,28 +70,30 @@ SHAPES = [
 
 @all_kernels
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_shape(isa, dtype, shape, rng):
+def test_shape(target, dtype, shape, rng):
     check_forward(make_case(rng, dtype, **shape))
 
 
 @all_kernels
 @pytest.mark.parametrize("shape", [s for s in SHAPES if 0 not in s.values()], ids=shape_id)
-def test_shape_under_a_causal_mask(isa, dtype, shape, rng):
+def test_shape_under_a_causal_mask(target, dtype, shape, rng):
     """Lower right with Lq > Lk: the first rows see nothing."""
     check_forward(make_case(rng, dtype, is_causal=True, causal_offset="lower_right", **shape))
 
 
 def tile_edges():
-    """(isa, dtype, Lq, Lk) beside the edges of the tiles of every row of the kernel table."""
+    """(target, dtype, Lq, Lk) beside the edges of the tiles of every row of the kernel table."""
     for row in KERNELS:
         rows = beside(row["lanes"], 2 * row["lanes"], row["Br"])
         keys = beside(row["Bc"], 2 * row["Bc"], row["lanes"])
         for Lq, Lk in [*zip(rows, keys[::-1]), *zip(keys, keys)]:
             yield row["isa"], row["dtype"], Lq, Lk
+    edges = beside(*GPU_TILES)
+    yield from gpu_rows(*zip(edges, edges[::-1]), *zip(edges, edges))
 
 
-@pytest.mark.parametrize(("isa", "dtype", "Lq", "Lk"), list(tile_edges()), indirect=["isa"])
-def test_lengths_beside_the_edges_of_tiles(isa, dtype, Lq, Lk, rng):
+@pytest.mark.parametrize(("target", "dtype", "Lq", "Lk"), list(tile_edges()), indirect=["target"])
+def test_lengths_beside_the_edges_of_tiles(target, dtype, Lq, Lk, rng):
     case = make_case(rng, DTYPES[dtype], Hq=1, Lq=Lq, Lk=Lk, D=8, Dv=9)
     check_forward(case)
     check_forward(case.with_(is_causal=True, causal_offset="lower_right", kv_lens=max(0, Lk - 1)))
@@ -100,7 +102,7 @@ def test_lengths_beside_the_edges_of_tiles(isa, dtype, Lq, Lk, rng):
 @all_kernels
 @pytest.mark.parametrize("group", [1, 2, 8])
 @pytest.mark.parametrize("Lq", [1, 2, 17, 63, 64, 65])
-def test_short_rows_of_groups(isa, dtype, group, Lq, rng):
+def test_short_rows_of_groups(target, dtype, group, Lq, rng):
     """Heads that share keys may be taken together: their rows keep their own masks."""
     case = make_case(rng, dtype, Hq=2 * group, Hkv=2, Lq=Lq, Lk=40, D=8)
     check_forward(case)
@@ -113,28 +115,40 @@ def test_short_rows_of_groups(isa, dtype, group, Lq, rng):
 HEAD_SIZES = [0, 1, 3, 8, 16, 40, 64, 80, 96, 128, 192, 256, 300]
 
 
-@all_kernels
-@pytest.mark.parametrize(
-    ("D", "Dv"), [*zip(HEAD_SIZES, HEAD_SIZES), *zip(HEAD_SIZES, HEAD_SIZES[3:] + HEAD_SIZES[:3])]
-)
-def test_head_size(isa, dtype, D, Dv, rng):
-    check_forward(make_case(rng, dtype, Hq=1, Lq=19, Lk=37, D=D, Dv=Dv))
+def head_sizes():
+    """(target, dtype, D, Dv), both sizes equal or not.
+
+    The GPU's kernels are compiled for each, so not every pair comes with every dtype there.
+    """
+    equal = list(zip(HEAD_SIZES, HEAD_SIZES))
+    unequal = list(zip(HEAD_SIZES, HEAD_SIZES[3:] + HEAD_SIZES[:3]))
+    for row, sizes in itertools.product(KERNELS, equal + unequal):
+        yield row["isa"], row["dtype"], *sizes
+    yield from gpu_rows(*equal)
+    for dtype, sizes in zip(itertools.cycle(DTYPES), unequal):
+        yield pytest.param("cupy", dtype, *sizes, marks=pytest.mark.gpu)
+
+
+@pytest.mark.parametrize(("target", "dtype", "D", "Dv"), list(head_sizes()), indirect=["target"])
+def test_head_size(target, dtype, D, Dv, rng):
+    check_forward(make_case(rng, DTYPES[dtype], Hq=1, Lq=19, Lk=37, D=D, Dv=Dv))
 
 
 def vector_edges():
-    """(isa, dtype, D) beside a few vectors of every row of the kernel table."""
+    """(target, dtype, D) beside a few vectors of every row of the kernel table."""
     for row in KERNELS:
         for D in beside(row["lanes"], 2 * row["lanes"], 4 * row["lanes"]):
             yield row["isa"], row["dtype"], D
+    yield from gpu_rows(*((D,) for D in beside(8, 16, 32)))
 
 
-@pytest.mark.parametrize(("isa", "dtype", "D"), list(vector_edges()), indirect=["isa"])
-def test_head_size_beside_vectors(isa, dtype, D, rng):
+@pytest.mark.parametrize(("target", "dtype", "D"), list(vector_edges()), indirect=["target"])
+def test_head_size_beside_vectors(target, dtype, D, rng):
     check_forward(make_case(rng, DTYPES[dtype], Hq=1, Lq=5, Lk=9, D=D, Dv=D + 1))
 
 
 @pytest.mark.parametrize(("D", "Dv"), [(1000, 3), (3, 1000), (2049, 515)])
-def test_very_large_head_size(isa, D, Dv, rng):
+def test_very_large_head_size(target, D, Dv, rng):
     check_forward(make_case(rng, np.float32, Hq=1, Lq=130, Lk=140, D=D, Dv=Dv))
 
 
@@ -143,7 +157,7 @@ def test_very_large_head_size(isa, D, Dv, rng):
 
 @all_kernels
 @pytest.mark.parametrize("name", OPTIONS)
-def test_option(isa, dtype, name, rng):
+def test_option(target, dtype, name, rng):
     check_forward(option_case(rng, dtype, name))
 
 
@@ -161,12 +175,13 @@ def test_array_library(xp, name, rng):
     assert_forward(case.q, case.k, case.v, out, lse, **case.options)
 
 
-def test_lse_is_that_before_dropout(isa, rng):
-    case = option_case(rng, np.float32, "causal")
+def test_lse_is_that_before_dropout(target, rng):
+    # The GPU has other kernels for options of single pairs, such as masks and dropout.
+    case = option_case(rng, np.float32, "bool_mask" if on_gpu() else "causal")
     assert_same_bits(case.with_(dropout_p=0.5, seed=1).forward().lse, case.forward().lse)
 
 
-def test_every_bit_of_the_seed_counts(isa, rng):
+def test_every_bit_of_the_seed_counts(target, rng):
     case = option_case(rng, np.float32, "dropout")
     seeds = [0, *(2**n for n in range(64))]
     outs = {bits(case.with_(seed=seed).forward().out) for seed in seeds}
@@ -177,7 +192,7 @@ def test_every_bit_of_the_seed_counts(isa, rng):
 
 
 @all_kernels
-def test_results_have_the_documented_dtype_and_shape(isa, dtype, rng):
+def test_results_have_the_documented_dtype_and_shape(target, dtype, rng):
     out, lse = make_case(rng, dtype, lead=(2, 3), Hq=4, Hkv=2, Lq=5, Lk=6, D=7, Dv=8).forward()
     assert (out.shape, out.dtype, type(out)) == ((2, 3, 4, 5, 8), dtype, np.ndarray)
     assert (lse.shape, lse.dtype, type(lse)) == ((2, 3, 4, 5), acc_of(dtype), np.ndarray)
@@ -187,7 +202,7 @@ ORDERS = [*itertools.permutations(range(4))]
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: "".join(map(str, order)))
-def test_out_is_laid_out_as_q(order, rng):
+def test_out_is_laid_out_as_q(xp, order, rng):
     case = make_case(rng, np.float32, lead=(2,), Lq=5, Lk=6, D=7, Dv=7)
     q = np.ascontiguousarray(case.q.transpose(order)).transpose(np.argsort(order))
     out = case.with_(q=q).forward().out
@@ -234,7 +249,7 @@ OUT_NAMES = list(outs(np.dtype("f4"), (1, 1, 1, 1)))
 @all_kernels
 @pytest.mark.parametrize("name", OUT_NAMES)
 @pytest.mark.parametrize("with_lse", [False, True])
-def test_out(isa, dtype, name, with_lse, rng):
+def test_out(target, dtype, name, with_lse, rng):
     case = option_case(rng, dtype, "causal")
     expected = case.forward()
     out = outs(dtype, expected.out.shape)[name]
@@ -248,7 +263,7 @@ def test_out(isa, dtype, name, with_lse, rng):
 
 @pytest.mark.parametrize("name", OUT_NAMES)
 @pytest.mark.parametrize("dtype", [DTYPES["float16"], DTYPES["bfloat16"]], ids=str)
-def test_float32_out_of_16_bit_inputs(isa, dtype, name, rng):
+def test_float32_out_of_16_bit_inputs(target, dtype, name, rng):
     case = option_case(rng, dtype, "causal")
     shape = case.forward().out.shape
     out, lse = case.forward(out=outs(np.dtype(np.float32), shape)[name])
@@ -256,7 +271,7 @@ def test_float32_out_of_16_bit_inputs(isa, dtype, name, rng):
     assert_same_bits(out.astype(dtype), case.forward().out)
 
 
-def test_out_writes_nothing_beside_its_slot(isa, rng):
+def test_out_writes_nothing_beside_its_slot(target, rng):
     case = make_case(rng, np.float32, lead=(2,), Hq=3, Lq=33, Lk=20, D=5, Dv=6)
     packed = np.full((2, 3, 33, 20), 7, np.float32)
     slot = packed[..., 3:15:2]
@@ -266,22 +281,22 @@ def test_out_writes_nothing_beside_its_slot(isa, rng):
     assert (packed == 7).all()
 
 
-def test_out_in_the_packed_buffer_of_the_inputs(isa, rng):
+def test_out_in_the_packed_buffer_of_the_inputs(target, rng):
     """q, k, v and the result are slots of one array, whose bounds overlap."""
     packed = rng.standard_normal((2, 40, 4, 3, 16)).astype(np.float32)
     q, k, v, slot = packed.transpose(2, 0, 3, 1, 4)
-    expected = attention_forward(q.copy(), k.copy(), v.copy()).out
+    expected = call(attention_forward, q.copy(), k.copy(), v.copy()).out
     before = packed[:, :, :3].copy()
-    attention_forward(q, k, v, out=slot)
+    call(attention_forward, q, k, v, out=slot)
     assert_same_bits(slot, expected)
     assert_same_bits(packed[:, :, :3], before)
 
 
-def test_no_query_heads_write_nothing(isa):
+def test_no_query_heads_write_nothing(target):
     """Hq = 0 with keys that have heads: the results are empty, and nothing lies behind them."""
     out, lse = np.full((2, 300, 8), 7, np.float32), np.full((2, 300), 7, np.float32)
     q, k = np.ones((0, 300, 8), np.float32), np.ones((2, 5, 8), np.float32)
-    attention_forward(q, k, k, out=(out[:0], lse[:0]))
+    call(attention_forward, q, k, k, out=(out[:0], lse[:0]))
     assert (out == 7).all() and (lse == 7).all()
 
 
@@ -289,7 +304,7 @@ def test_no_query_heads_write_nothing(isa):
 
 
 @pytest.mark.parametrize("Hkv", [1, 4])
-def test_scaled_dot_product_attention_is_the_same_attention(isa, Hkv, rng):
+def test_scaled_dot_product_attention_is_the_same_attention(target, Hkv, rng):
     case = make_case(rng, np.float32, lead=(2,), Hq=4, Hkv=Hkv, Lq=9, Lk=12, D=16)
     mask = rng.random((9, 12)) < 0.7
     for args, options in [
@@ -297,17 +312,17 @@ def test_scaled_dot_product_attention_is_the_same_attention(isa, Hkv, rng):
         ((mask,), dict(attn_mask=mask)),
         ((None, 0.0, True), dict(is_causal=True)),
     ]:
-        out = fastattn.scaled_dot_product_attention(case.q, case.k, case.v, *args)
+        out = call(fastattn.scaled_dot_product_attention, case.q, case.k, case.v, *args)
         assert_same_bits(out, case.with_(**options).forward().out)
 
 
-def test_scaled_dot_product_attention_without_a_head_axis(isa, rng):
+def test_scaled_dot_product_attention_without_a_head_axis(target, rng):
     q, k, v = (rng.standard_normal((n, 8)).astype(np.float32) for n in (5, 7, 7))
-    out = fastattn.scaled_dot_product_attention(q, k, v)
-    assert_same_bits(out, attention_forward(q[None], k[None], v[None]).out[0])
+    out = call(fastattn.scaled_dot_product_attention, q, k, v)
+    assert_same_bits(out, call(attention_forward, q[None], k[None], v[None]).out[0])
 
 
-def test_5d_inputs_are_as_good_as_4d(isa, rng):
+def test_5d_inputs_are_as_good_as_4d(target, rng):
     case = make_case(rng, np.float32, lead=(2, 3), Lq=9, Lk=12, D=16)
     flat = Case(*(x.reshape(6, *x.shape[2:]) for x in (case.q, case.k, case.v, case.dout)))
     assert_same_bits(case.forward().out.reshape(6, 2, 9, 16), flat.forward().out)

@@ -7,17 +7,19 @@ import ctypes
 import gc
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import fastattn
+from fastattn import _dlpack
 from fastattn.attention import attention_backward, attention_forward
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 
-CPU, CUDA, CUDA_HOST = 1, 2, 3
+CPU, CUDA, CUDA_HOST, ROCM, CUDA_MANAGED = 1, 2, 3, 10, 13
 CODES = {"i": 0, "u": 1, "f": 2, "V": 4, "c": 5, "b": 6}  # bfloat16's kind is V
 int64_p = ctypes.POINTER(ctypes.c_int64)
 
@@ -73,6 +75,7 @@ class Producer:
     def __init__(self, array, *, versioned=True, read_only=False, device=CPU, **fields):
         self.array, self.versioned, self.device = array, versioned, device
         self.deleted = self.exported = 0
+        self.stream = None
         self.name = b"dltensor_versioned" if versioned else b"dltensor"
         self.managed = (DLManagedTensorVersioned if versioned else DLManagedTensor)()
         if versioned:
@@ -105,6 +108,7 @@ class Producer:
 
     def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
         assert max_version == (1, 0) and copy is False
+        self.stream = stream
         return self._capsule()
 
     def _capsule(self):
@@ -121,6 +125,7 @@ class OldProducer(Producer):
         super().__init__(array, versioned=False, **fields)
 
     def __dlpack__(self, stream=None):
+        self.stream = stream
         return self._capsule()
 
 
@@ -335,12 +340,114 @@ def test_newer_major_version_is_refused():
 
 def test_other_devices_are_refused_before_they_export():
     q, k, v = arrays()
-    bad = Producer(k, device=CUDA)
+    bad = Producer(k, device=ROCM)
     with pytest.raises(
-        TypeError, match=r"k is .* on a device of DLPack type 2, .* tensor\.cpu\(\)"
+        TypeError, match=r"k is .* on a device of DLPack type 10, not CPU or CUDA.* tensor\.cpu\(\)"
     ):
         attention_forward(q, bad, v)
     assert bad.exported == 0
+
+
+@pytest.mark.parametrize("device", [CUDA, CUDA_MANAGED])
+def test_cuda_memory_without_cupy_says_what_to_install(monkeypatch, device):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    q, k, v = arrays()
+    bad = Producer(k, device=device)
+    message = (
+        "k is a .*Producer that cannot be taken by DLPack: .* CuPy 14 or newer, .*"
+        r'pip install "fastattn\[cuda12\]" or "fastattn\[cuda13\]".* tensor\.cpu\(\)'
+    )
+    with pytest.raises(TypeError, match=message):
+        attention_forward(q, bad, v)
+    assert bad.exported == 0
+
+
+class TestForCuPy:
+    """What CuPy's `from_dlpack` is given, by one that only asks; the taking itself needs a GPU."""
+
+    @pytest.fixture(autouse=True)
+    def from_dlpack(self, monkeypatch):
+        def from_dlpack(exported, *, copy):
+            assert copy is False
+            self.device = exported.__dlpack_device__()
+            return exported.__dlpack__(stream=7, max_version=(1, 0), copy=copy)
+
+        cupy = SimpleNamespace(from_dlpack=from_dlpack)
+        monkeypatch.setattr(_dlpack, "load_cupy", lambda: cupy)
+
+    @pytest.mark.parametrize("producer", PRODUCERS)
+    @pytest.mark.parametrize("device", [CUDA, CUDA_MANAGED])
+    def test_is_exported_once_for_the_stream(self, producer, device):
+        given = producer(np.zeros(3), device=device)
+        capsule = _dlpack.from_dlpack("q", given)
+        assert (self.device, given.stream, given.exported) == ((device, 0), 7, 1)
+        del capsule  # taken by no one here
+        assert given.deleted == 1
+
+    @pytest.mark.parametrize("error", [BufferError, TypeError, RuntimeError])
+    def test_refusal_says_what_helps(self, error):
+        given = Refusing(np.zeros(3), error("Can't export tensors that require gradient"))
+        given.device = CUDA
+        with pytest.raises(TypeError, match=r"q is a .*: Can't export .*\.detach\(\)"):
+            _dlpack.from_dlpack("q", given)
+
+    def test_newer_major_version_is_refused(self):
+        given = Producer(np.zeros(3), device=CUDA, major=2, minor=0)
+        with pytest.raises(TypeError, match=r"q is a .* DLPack version 2.0 is not known"):
+            _dlpack.from_dlpack("q", given)
+
+    def test_read_only_memory_is_not_written(self):
+        given = Producer(np.zeros(3), device=CUDA, read_only=True)
+        _dlpack.from_dlpack("q", given)
+        with pytest.raises(ValueError, match="out is read-only, and the result"):
+            _dlpack.from_dlpack("out", given, written=True)
+        _dlpack.from_dlpack("out", Producer(np.zeros(3), device=CUDA), written=True)
+
+
+class CudaTensor:
+    """A CuPy array of which a consumer sees DLPack only."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", bfloat16, "float32", "float64"], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cuda_memory_is_taken_as_it_lies(dtype, layout):
+    import cupy
+
+    given = [LAYOUTS[layout](cupy.asarray(x)) for x in arrays(dtype)]
+    expected = attention_forward(*given)
+    result = attention_forward(*map(CudaTensor, given))
+    for x, y in zip(result, expected):
+        assert type(x) is cupy.ndarray and x.strides == y.strides
+    same_bits(map(cupy.asnumpy, result), map(cupy.asnumpy, expected))
+
+    out = cupy.zeros_like(expected.out)
+    result = attention_forward(*given, out=CudaTensor(out))
+    assert type(result.out) is cupy.ndarray and result.out.data.ptr == out.data.ptr
+    same_bits([cupy.asnumpy(out)], [cupy.asnumpy(expected.out)])
+    with pytest.raises(ValueError, match="out (shares an element with q|has elements that share)"):
+        attention_forward(*map(CudaTensor, given), out=CudaTensor(given[0]))
+
+
+@pytest.mark.gpu
+def test_integers_in_cuda_memory():
+    import cupy
+
+    q, k, v = map(cupy.asarray, arrays())
+    options = dict(kv_lens=np.array([3, 5], np.int32), seed=np.array([7], np.uint64))
+    exported = {name: CudaTensor(cupy.asarray(x)) for name, x in options.items()}
+    expected = attention_forward(q, k, v, kv_lens=[3, 5], seed=7, dropout_p=0.5)
+    result = attention_forward(q, k, v, **exported, dropout_p=0.5)
+    same_bits(map(cupy.asnumpy, result), map(cupy.asnumpy, expected))
 
 
 def test_pinned_host_memory_is_taken():

@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,15 +205,72 @@ def test_text_shows_everything(facts):
     for name in introspect.ENVIRONMENT:
         assert name in text
     assert facts["build"]["compiler"] in text
-    assert "GPU: not in this version" in text
+    assert "\nGPU: " in text
     assert all(line == line.rstrip() for line in text.splitlines())
 
 
 def test_environment_table_is_complete():
     """The variables that the code reads are those that show_config lists."""
     root = Path(__file__).resolve().parent.parent
-    package = [p for p in root.glob("fastattn/*") if p.suffix in (".py", ".pyx", ".pxi", ".pxd")]
+    files = [*root.glob("fastattn/*"), *root.glob("fastattn/_gpu/*")]
+    package = [path for path in files if path.suffix in (".py", ".pyx", ".pxi", ".pxd")]
     read = set()
     for path in [root / "setup.py", *package]:
         read |= set(re.findall(r"environ\S*\(?[\"'](FASTATTN_\w+)", path.read_text()))
     assert read == set(introspect.ENVIRONMENT)
+
+
+class TestGpu:
+    """What is said of a GPU, by stand-ins: every failure is text."""
+
+    @pytest.fixture
+    def without_cupy(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "cupy", None)  # importing it fails
+
+    @pytest.fixture
+    def backend(self, monkeypatch):
+        backend = types.ModuleType("fastattn._gpu")
+        backend.device_info = lambda: {"name": "Some GPU", "capability": (9, 0), "kernels": "new"}
+        backend.config = types.ModuleType("fastattn._gpu.config")
+        backend.config.table = lambda: [
+            {"family": "old", "kernel": "forward", "D": 32},
+            {"family": "new", "kernel": "forward", "D": 64},
+            {"family": "new", "kernel": "odd", "Br": 16},
+        ]
+        monkeypatch.setattr(introspect, "load_cupy", lambda: SimpleNamespace(__version__="99.1"))
+        monkeypatch.setattr(fastattn, "_gpu", backend, raising=False)
+        monkeypatch.setitem(sys.modules, "fastattn._gpu", backend)
+        monkeypatch.setitem(sys.modules, "fastattn._gpu.config", backend.config)
+        return backend
+
+    def text(self, facts):
+        gpu = introspect.gpu()
+        assert json.loads(json.dumps(gpu)) == gpu
+        return introspect.as_text({**facts, "gpu": gpu})
+
+    def test_without_cupy(self, facts, without_cupy):
+        assert introspect.gpu()["cupy"] is None
+        text = self.text(facts)
+        assert re.search(r'\nGPU: none \(.* pip install "fastattn\[cuda12\]" or', text)
+
+    def test_with_cupy(self, facts, backend):
+        text = self.text(facts)
+        for words in ("GPU: CuPy 99.1\n", "  name        Some GPU\n", "  kernels     new\n"):
+            assert words in text
+        for words in ("  family  kernel   D   Br\n", "  new     forward  64\n"):
+            assert words in text
+        assert "  new     odd          16\n" in text and "  old  " not in text
+        assert len(introspect.gpu()["kernels"]) == 3
+
+    @pytest.mark.parametrize("wrong", ["device_info", "table"])
+    def test_what_fails_is_text(self, facts, backend, monkeypatch, wrong):
+        def fail():
+            raise RuntimeError("no\n  luck")
+
+        monkeypatch.setattr(backend if wrong == "device_info" else backend.config, wrong, fail)
+        text = self.text(facts)
+        assert "luck)\n" in text and "GPU: CuPy 99.1 (" in text
+
+    def test_cupy_is_not_imported_before_it_is_asked_for(self):
+        done = run_python("-c", "import fastattn, sys; print('cupy' in sys.modules)")
+        assert done.stdout == "False\n"

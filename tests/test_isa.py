@@ -7,7 +7,7 @@ import pytest
 from helpers import (
     DTYPES,
     RUNNABLE_ISAS,
-    acc_of,
+    assert_targets_agree,
     bits,
     make_case,
     option_case,
@@ -15,7 +15,6 @@ from helpers import (
 )  # fmt: skip
 
 from fastattn import _cpu
-from fastattn.testing import EPS
 
 NAMES = [row["name"] for row in _cpu.isa_table()]
 MISSING = {row["name"]: row["missing"] for row in _cpu.isa_table() if row["missing"]}
@@ -171,15 +170,4 @@ def test_isas_agree(name, dtype, options, rng, restored):
     _cpu.use_isa("portable")
     expected = case.run()
     _cpu.use_isa(name)
-    actual = case.run()
-    assert actual.keys() == expected.keys()
-    for result, x in expected.items():
-        y, acc = actual[result].astype(np.float64), acc_of(DTYPES[dtype])
-        x, eps = x.astype(np.float64), max(EPS[dtype], EPS[x.dtype.name], EPS[acc.name])
-        np.testing.assert_array_equal(y == -np.inf, x == -np.inf)
-        live = np.isfinite(x)
-        bound = 16 * eps * abs(x[live]).max(initial=0)
-        np.testing.assert_allclose(y[live], x[live], rtol=0, atol=bound, err_msg=result)
-        dead = (x == 0) if result in ("out", "dq") else np.zeros(x.shape, bool)
-        rows = dead.all(axis=-1)
-        assert not y[rows].any(), f"{result}: rows that are dead on one ISA only"
+    assert_targets_agree(case.run(), expected)

@@ -193,7 +193,8 @@ def test_sdist_has_everything(sdist):
     wanted = ["README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "setup.py"]
     for pattern in (
         "fastattn/*.py", "fastattn/*.py[xi]", "fastattn/*.px[id]", "fastattn/py.typed",
-        "fastattn/_cpu_kernels/**/*.[ch]", "tests/*.py", "examples/*.py", "bench/*.py", "docs/*.md",
+        "fastattn/_cpu_kernels/**/*.[ch]", "fastattn/_gpu/*.py", "fastattn/_gpu/kernels/*.cu*",
+        "tests/*.py", "examples/*.py", "bench/*.py", "docs/*.md",
     ):  # fmt: skip
         found = [str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)]
         wanted += found
@@ -211,6 +212,8 @@ def test_wheel_from_sdist_works_on_its_own(sdist, tmp_path):
     [wheel] = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "fastattn/py.typed" in names
+    for pattern in ("fastattn/_gpu/*.py", "fastattn/_gpu/kernels/*.cu*"):
+        assert not {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)} - set(names)
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.endswith((".c", ".h", ".pyx", ".pxi"))]
     assert not [name for name in names if name.startswith(("tests", "examples", "bench"))]

@@ -2,15 +2,24 @@
 
 import numpy as np
 import pytest
+from helpers import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastattn import safe_softmax, safe_softmax_backward
+import fastattn
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = ["float16", bfloat16, "float32", "float64"]
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+
+
+def safe_softmax(*args):
+    return call(fastattn.safe_softmax, *args)
+
+
+def safe_softmax_backward(*args):
+    return call(fastattn.safe_softmax_backward, *args)
 
 
 def plain(scores, axis):
@@ -22,7 +31,7 @@ def plain(scores, axis):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("axis", [-1, 0, 1, np.int8(-2)])
-def test_is_the_formula(dtype, axis):
+def test_is_the_formula(xp, dtype, axis):
     rng = np.random.default_rng(0)
     scores = (10 * rng.standard_normal((3, 4, 50))).astype(dtype)
     before = scores.copy()
@@ -38,7 +47,7 @@ def test_is_the_formula(dtype, axis):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_gradient_is_the_formula(dtype):
+def test_gradient_is_the_formula(xp, dtype):
     rng = np.random.default_rng(1)
     scores, dprobs = rng.standard_normal((2, 5, 40)).astype(dtype)
     probs = safe_softmax(scores)
@@ -48,7 +57,7 @@ def test_gradient_is_the_formula(dtype):
     np.testing.assert_allclose(actual, expected.astype(dtype), rtol=0, atol=8 * EPS[dtype])
 
 
-def test_gradient_is_the_derivative():
+def test_gradient_is_the_derivative(xp):
     rng = np.random.default_rng(2)
     scores, dprobs, direction = rng.standard_normal((3, 4, 7))
     scores[0, 2] = scores[1] = -np.inf
@@ -59,7 +68,7 @@ def test_gradient_is_the_derivative():
 
 
 @pytest.mark.parametrize("dtype", ["float16", bfloat16], ids=str)
-def test_16_bit_is_rounded_once(dtype):
+def test_16_bit_is_rounded_once(xp, dtype):
     rng = np.random.default_rng(3)
     scores, dprobs = rng.standard_normal((2, 6, 33)).astype(dtype)
     wide = safe_softmax(scores.astype(np.float32))
@@ -72,7 +81,7 @@ def test_16_bit_is_rounded_once(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("axis", [0, 1])
-def test_excluded_slice_is_zero(dtype, axis):
+def test_excluded_slice_is_zero(xp, dtype, axis):
     scores = np.zeros((4, 4), dtype)
     scores[1, :] = -np.inf
     probs = safe_softmax(scores if axis else scores.T, axis)
@@ -81,7 +90,7 @@ def test_excluded_slice_is_zero(dtype, axis):
     np.testing.assert_array_equal(probs[[0, 2, 3]], np.full((3, 4), 0.25, dtype))
 
 
-def test_low_scores_are_not_excluded():
+def test_low_scores_are_not_excluded(xp):
     lowest = np.finfo(np.float32).min
     np.testing.assert_array_equal(safe_softmax(np.full(4, lowest)), np.full(4, 0.25))
     np.testing.assert_array_equal(
@@ -92,7 +101,7 @@ def test_low_scores_are_not_excluded():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("rest", [0.0, -np.inf])
-def test_nothing_is_laundered(dtype, bad, rest):
+def test_nothing_is_laundered(xp, dtype, bad, rest):
     scores = np.full((2, 4), rest, dtype)
     scores[1, 2] = bad
     assert np.isnan(safe_softmax(scores)[1].astype(np.float32)).all()
@@ -100,7 +109,7 @@ def test_nothing_is_laundered(dtype, bad, rest):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradient_does_not_read_where_probs_are_zero(dtype):
+def test_gradient_does_not_read_where_probs_are_zero(xp, dtype):
     probs = np.array([[0.5, 0, 0.5, -0.0], [0, 0, 0, 0]], dtype)
     clean = np.array([[1, 5, 3, 5], [5, 5, 5, 5]], dtype)
     expected = safe_softmax_backward(clean, probs)
@@ -112,7 +121,7 @@ def test_gradient_does_not_read_where_probs_are_zero(dtype):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_gradient_shows_what_is_not_finite(bad):
+def test_gradient_shows_what_is_not_finite(xp, bad):
     probs = np.array([[0.5, 0.0, 0.5], [0.5, 0.0, 0.5]])
     dprobs = np.array([[1.0, 0, bad], [1, 0, 1]])
     gradient = safe_softmax_backward(dprobs, probs)
@@ -122,7 +131,7 @@ def test_gradient_shows_what_is_not_finite(bad):
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3), (2, 0, 4)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_empty_axes(shape, dtype):
+def test_empty_axes(xp, shape, dtype):
     x = np.zeros(shape, dtype)
     for axis in range(-len(shape), len(shape)):
         for result in (safe_softmax(x, axis), safe_softmax_backward(x, x, axis)):
@@ -130,7 +139,7 @@ def test_empty_axes(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layout_is_kept_and_read_only_taken(dtype):
+def test_layout_is_kept_and_read_only_taken(xp, dtype):
     x = np.random.default_rng(4).standard_normal((3, 4, 5)).astype(dtype).transpose(2, 0, 1)
     x.flags.writeable = False
     probs, gradient = safe_softmax(x), safe_softmax_backward(x, safe_softmax(x))
@@ -141,16 +150,16 @@ def test_layout_is_kept_and_read_only_taken(dtype):
     )
 
 
-def test_a_result_is_never_its_argument():
-    one = np.ones((1, 1), np.float32)
-    assert not np.shares_memory(safe_softmax(one), one)
-    assert not np.shares_memory(safe_softmax_backward(one, one), one)
+def test_a_result_is_never_its_argument(xp):
+    one = xp.ones((1, 1), np.float32)
+    assert not xp.shares_memory(fastattn.safe_softmax(one), one)
+    assert not xp.shares_memory(fastattn.safe_softmax_backward(one, one), one)
 
 
 @pytest.mark.parametrize(
     ("scores", "axis", "error", "message"),
     [
-        ([0.0], -1, TypeError, "scores must be a NumPy array, .* got a list"),
+        ([0.0], -1, TypeError, "scores must be a NumPy or CuPy array, .* got a list"),
         (np.zeros(3, int), -1, TypeError, "scores must be one of float16, .* got int64"),
         (np.zeros(3, ">f4"), -1, TypeError, "scores .* in the other byte order"),
         (np.zeros(3, object), -1, TypeError, "scores .* got object"),
@@ -172,7 +181,7 @@ def test_wrong_arguments(scores, axis, error, message):
 
 def test_wrong_gradients():
     probs = np.zeros((2, 3))
-    with pytest.raises(TypeError, match="dprobs must be a NumPy array"):
+    with pytest.raises(TypeError, match="dprobs must be a NumPy or CuPy array"):
         safe_softmax_backward(None, probs)
     with pytest.raises(
         TypeError, match="must share one dtype: dprobs is float32, probs is float64"

@@ -5,10 +5,11 @@ import itertools
 
 import numpy as np
 import pytest
+from helpers import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastattn import merge_attention_states
+import fastattn
 from fastattn.attention import AttentionResult, attention_backward, attention_forward
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -22,6 +23,10 @@ PAIRS = [
     ("float32", "float64"),
     ("float64", "float32"),
 ]
+
+
+def merge_attention_states(*args, **kwargs):
+    return call(fastattn.merge_attention_states, *args, **kwargs)
 
 
 def state(seed, shape=(2, 3, 5), dtype="float64", lse_dtype=None):
@@ -45,7 +50,7 @@ def same_bits(actual, expected):
 
 
 @pytest.mark.parametrize(("dtype", "lse_dtype"), PAIRS, ids=str)
-def test_is_the_formula(dtype, lse_dtype):
+def test_is_the_formula(xp, dtype, lse_dtype):
     a, b = (state(seed, (4, 50, 7), dtype, lse_dtype) for seed in (0, 1))
     copies = [x.copy() for x in (*a, *b)]
     out, lse = merge_attention_states(*a, *b)
@@ -99,7 +104,7 @@ def test_many_blocks_in_any_order():
 
 
 @pytest.mark.parametrize(("dtype", "lse_dtype"), PAIRS, ids=str)
-def test_an_empty_state_is_neutral_to_the_last_bit(dtype, lse_dtype):
+def test_an_empty_state_is_neutral_to_the_last_bit(xp, dtype, lse_dtype):
     a = state(5, dtype=dtype, lse_dtype=lse_dtype)
     a.out[0, 0] = -0.0
     a.lse[0, 1] = -0.0
@@ -112,13 +117,13 @@ def test_an_empty_state_is_neutral_to_the_last_bit(dtype, lse_dtype):
 
 
 @pytest.mark.parametrize(("dtype", "lse_dtype"), PAIRS, ids=str)
-def test_two_empty_states_are_empty(dtype, lse_dtype):
+def test_two_empty_states_are_empty(xp, dtype, lse_dtype):
     out = np.full((2, 5), np.nan, dtype)
     lse = np.full(2, -np.inf, lse_dtype)
     same_bits(merge_attention_states(out, lse, out, lse), (np.zeros_like(out), lse))
 
 
-def test_rows_are_merged_one_by_one():
+def test_rows_are_merged_one_by_one(xp):
     a, b = state(6), state(7)
     a.lse[0, 0] = b.lse[0, 1] = a.lse[1, 2] = b.lse[1, 2] = -np.inf
     a.out[1, 2] = np.nan
@@ -130,13 +135,13 @@ def test_rows_are_merged_one_by_one():
     np.testing.assert_allclose(out[1, 0], exact[0].astype(float))
 
 
-def test_order_does_not_matter_to_the_last_bit():
+def test_order_does_not_matter_to_the_last_bit(xp):
     a, b = state(8, dtype="float32"), state(9, dtype="float32")
     b.lse[0] = a.lse[0]
     same_bits(merge_attention_states(*a, *b), merge_attention_states(*b, *a))
 
 
-def test_nan_is_not_hidden():
+def test_nan_is_not_hidden(xp):
     a, b = state(10), state(11)
     a.lse[0, 0] = np.nan  # not an empty state
     a.out[0, 1, 2] = np.nan
@@ -151,7 +156,7 @@ def test_nan_is_not_hidden():
 
 
 @pytest.mark.parametrize("far", [1e3, 1e30])
-def test_a_state_far_below_leaves_the_other_as_it_is(far):
+def test_a_state_far_below_leaves_the_other_as_it_is(xp, far):
     a, b = state(12, dtype="float32"), state(13, dtype="float32")
     low = (b.lse - far).astype(np.float32)
     same_bits(merge_attention_states(*a, b.out, low), a)
@@ -164,7 +169,7 @@ def test_a_state_far_below_leaves_the_other_as_it_is(far):
 
 
 @pytest.mark.parametrize("shape", [(4,), (0, 3), (3, 0), (2, 3, 1, 4)])
-def test_any_shape_and_layout(shape):
+def test_any_shape_and_layout(xp, shape):
     a, b = state(14, shape), state(15, shape)
     expected = merge_attention_states(*a, *b)
     assert expected.out.shape == shape and expected.lse.shape == shape[:-1]
@@ -211,8 +216,8 @@ def case(**wrong):
 
 
 WRONG = [
-    (case(out_a=[[0.0]]), TypeError, "out_a must be a NumPy array, .* got a list"),
-    (case(lse_b=None), TypeError, "lse_b must be a NumPy array, .* got None"),
+    (case(out_a=[[0.0]]), TypeError, "out_a must be a NumPy or CuPy array, .* got a list"),
+    (case(lse_b=None), TypeError, "lse_b must be a NumPy or CuPy array, .* got None"),
     (case(out_b=np.ma.zeros((2, 3), "f4")), TypeError, "out_b is a masked array"),
     (case(out_a=np.zeros((2, 3), int)), TypeError, "out_a must be one of float16, .* got int64"),
     (case(lse_a=np.zeros(2, "f2")), TypeError, "lse_a must be one of float32, .* got float16"),

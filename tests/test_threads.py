@@ -9,8 +9,8 @@ import pytest
 from helpers import (
     DTYPES,
     RUNNABLE_ISAS,
-    all_kernels,
     assert_same_bits,
+    cpu_kernels,
     make_case,
     run_python,
 )  # fmt: skip
@@ -228,7 +228,7 @@ def test_same_bits_for_any_number_of_threads(name, rng):
         assert_same_bits(case.run(num_threads=n), expected, f"{n} threads")
 
 
-@all_kernels
+@cpu_kernels
 def test_same_bits_for_any_number_of_threads_in_every_kernel(isa, dtype, rng):
     case = many(rng, dtype=dtype, Hq=6, Hkv=3, is_causal=True, causal_offset=30, D=31, Dv=33)
     expected = case.run(num_threads=1)

@@ -1,0 +1,211 @@
+"""The table of GPU kernels: which configurations exist, and which one serves a problem.
+
+A configuration is everything a kernel's source is specialised by. `FAMILIES` names the kernel
+families by the oldest architecture they run on; the rules below give the tiles of a family for a
+dtype and a head size; `CONFIGS` lists all that follows from them. Launcher, tests, compile checks
+and `show_config` read this module, which imports no CuPy.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+# Compute capabilities that the sources compile for, and the family that serves each by default.
+ARCHS = (75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)
+FAMILIES = {"sm_75": 75, "sm_80": 80}
+
+DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # name -> bytes
+
+# Tiles of the head size; sizes beyond the last are walked in pieces.
+HEAD_TILES = (32, 64, 96, 128, 192, 256)
+PIECE = 64
+
+# Shared memory a block may have, in bytes, by compute capability; others have 99 KiB.
+_SHARED_KIB = {75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
+
+
+class Config(NamedTuple):
+    """One specialisation of one kernel."""
+
+    kernel: str  # the file in kernels/, and the name of its entry point
+    family: str
+    dtype: str
+    general: bool  # compiled with the element-wise options
+    D: int  # tile of the head size; PIECE where it is walked in pieces
+    Dv: int
+    walk: bool
+    Br: int  # query rows of a tile
+    Bc: int  # key columns of a tile
+    warps: int
+    blocks: int  # per multiprocessor, which bounds the registers
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def tile_dtype(self) -> str:
+        """What shared memory holds: Turing's matrix instructions know no bfloat16."""
+        return "float32" if self.family == "sm_75" and self.dtype == "bfloat16" else self.dtype
+
+    def pitch(self, columns: int) -> int:
+        """Bytes from row to row of a tile; `pitch_of` in kernels/arrays.cuh."""
+        size = DTYPES[self.tile_dtype]
+        return columns * size + (32 if size == 8 else 16)
+
+    @property
+    def out_columns(self) -> int:
+        """Columns of the results that a block makes; `kOut` in kernels/backward_kv.cu."""
+        widest = max(self.D, self.Dv)
+        return widest // 2 if self.kernel == "backward_kv" and widest > 128 else widest
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: its buffers, or the results on their way out."""
+        if self.kernel in SMALL_KERNELS:
+            return 0
+        row, row_v, acc = self.pitch(self.D), self.pitch(self.Dv), 8 if self.dtype == "float64" else 4
+        rows, rows_v = {
+            "forward": (self.Br + self.Bc, self.Bc),
+            "backward_q": (self.Br + self.Bc * (1 if self.walk else 2), self.Br + self.Bc),
+            "backward_kv": (self.Bc + self.Br * (1 if self.walk else 2), self.Br + self.Bc),
+            "backward_bias": (self.Br + self.Bc, self.Br + self.Bc),
+        }[self.kernel]
+        buffers = rows * row + rows_v * row_v
+        if self.kernel == "backward_kv":
+            buffers += 4 * self.Br * acc
+        if self.general:
+            buffers += self.Br * (self.Bc + 4) * acc + self.Br * self.Bc // 4
+        results = 16 * self.warps * (self.out_columns + 4) * acc
+        if self.kernel == "backward_bias":
+            results = self.Br * (self.Bc + 1) * acc
+        return max(buffers, results)
+
+
+def shared_limit(arch: int) -> int:
+    """Bytes of shared memory that a block may have on a compute capability."""
+    return _SHARED_KIB.get(arch, 99) * 1024
+
+
+def head_tile(size: int) -> int:
+    """The tile that holds a head size; 0 where it is walked in pieces."""
+    return next((tile for tile in HEAD_TILES if size <= tile), 0)
+
+
+# Kernels of rows and numbers, which have no tiles.
+SMALL_KERNELS = ("backward_rows", "combine", "reduce")
+KERNELS = ("forward", "backward_q", "backward_kv", "backward_bias", *SMALL_KERNELS)
+
+# Rows that a forward tile may have; a problem with few rows takes the smallest that holds them.
+ROW_CLASSES = (16, 64, 128)
+
+# (kernel, bytes of a number in a tile) -> head tile -> tiles (Br, Bc, warps, blocks) in the order of
+# preference: the first that fits the device's shared memory is taken. A forward's are by row class.
+_TILES: dict[tuple[str, int], dict[int, tuple[tuple[int, int, int, int], ...]]] = {
+    ("forward 16", 2): {
+        128: ((16, 64, 1, 6),),
+        256: ((16, 32, 1, 4),),
+    },
+    ("forward 64", 2): {
+        128: ((64, 64, 4, 2),),
+        256: ((64, 32, 4, 1),),
+    },
+    ("forward 128", 2): {
+        64: ((128, 64, 4, 2), (64, 64, 4, 2)),
+        128: ((64, 64, 4, 2),),
+        256: ((64, 32, 4, 1),),
+    },
+    ("forward 16", 4): {128: ((16, 32, 1, 4),), 256: ((16, 16, 1, 2),)},
+    ("forward 64", 4): {128: ((64, 32, 4, 2), (64, 16, 4, 1)), 256: ((64, 16, 4, 1),)},
+    ("forward 16", 8): {64: ((16, 32, 1, 4),), 128: ((16, 16, 1, 2),)},
+    ("forward 64", 8): {64: ((64, 32, 4, 1),)},
+    ("backward_q", 2): {
+        64: ((64, 64, 4, 2),),
+        128: ((64, 32, 4, 2),),
+        256: ((64, 32, 4, 1),),
+    },
+    ("backward_q", 4): {64: ((64, 32, 4, 2),), 128: ((64, 16, 4, 1),)},
+    ("backward_q", 8): {64: ((64, 16, 4, 1),)},
+    ("backward_kv", 2): {
+        64: ((64, 64, 4, 2),),
+        128: ((32, 64, 4, 2),),
+        256: ((32, 64, 4, 1), (16, 64, 4, 1)),
+    },
+    ("backward_kv", 4): {64: ((32, 64, 4, 2),), 128: ((16, 64, 4, 1),)},
+    ("backward_kv", 8): {64: ((16, 64, 4, 1),)},
+}  # fmt: skip
+# Where no tile holds the head size or fits the device, by bytes of a number; they fit every device.
+_WALK = {
+    2: {"backward_kv": (16, 64, 4, 1), "other": (64, 32, 4, 1)},
+    4: {"backward_kv": (16, 64, 4, 1), "other": (64, 32, 4, 1)},
+    8: {"backward_kv": (16, 32, 2, 1), "other": (32, 16, 2, 1)},
+}
+
+
+@functools.lru_cache(1024)
+def choose(
+    kernel: str, arch: int, family: str, dtype: str, general: bool, D: int, Dv: int, rows: int = 128
+) -> Config:
+    """The configuration that serves a problem; `rows` is how many query rows share a forward's keys."""
+    if kernel in SMALL_KERNELS:
+        return Config(kernel, family, dtype, False, 32, 32, False, 64, 64, 4, 1)
+    size = DTYPES[Config(kernel, family, dtype, *(0,) * 8).tile_dtype]
+    limit = shared_limit(arch)
+    if kernel != "backward_bias":
+        name = kernel
+        tile, tile_v = head_tile(D), head_tile(Dv)
+        widest = max(tile, tile_v) if tile and tile_v else 0
+        if not (kernel == "forward" and (tile, tile_v) == (192, 128)):
+            tile = tile_v = widest
+        if kernel == "forward":
+            name = f"forward {next((n for n in ROW_CLASSES if rows <= n), ROW_CLASSES[-1])}"
+            if (name, size) not in _TILES:
+                name = "forward 64"
+        by_head = _TILES[name, size]
+        for tiles in next((t for head, t in by_head.items() if widest and widest <= head), ()):
+            config = Config(kernel, family, dtype, general, tile, tile_v, False, *tiles)
+            if config.shared_bytes <= limit:
+                return config
+    tiles = _WALK[size].get(kernel, _WALK[size]["other"])
+    return Config(kernel, family, dtype, general or kernel == "backward_bias", PIECE, PIECE, True, *tiles)
+
+
+def configs(arch: int, family: str) -> list[Config]:
+    """Every configuration that `choose` can give on a compute capability."""
+    found = {
+        choose(kernel, arch, family, dtype, general, D, Dv, rows): None
+        for kernel in KERNELS
+        for dtype in DTYPES
+        for general in (False, True)
+        for D, Dv in [*((n, n) for n in HEAD_TILES), (192, 128), (257, 257)]
+        for rows in ROW_CLASSES
+    }
+    return list(found)
+
+
+def default_family(arch: int) -> str:
+    """The newest family that runs on a compute capability."""
+    return max((f for f, oldest in FAMILIES.items() if oldest <= arch), key=FAMILIES.__getitem__)
+
+
+def table() -> list[dict[str, object]]:
+    """The rows that `show_config` prints: what each family has for a dtype and a head size."""
+    rows: list[dict[str, object]] = []
+    for family, oldest in FAMILIES.items():
+        for config in configs(oldest, family):
+            if config.kernel in SMALL_KERNELS or config.general != (config.kernel == "backward_bias"):
+                continue
+            rows.append(
+                {
+                    "family": family,
+                    "kernel": config.kernel,
+                    "dtype": config.dtype,
+                    "head": f"any, in pieces of {PIECE}" if config.walk else str(config.D),
+                    "rows": config.Br,
+                    "keys": config.Bc,
+                    "warps": config.warps,
+                    "shared_kib": round(config.shared_bytes / 1024),
+                }
+            )
+    return rows

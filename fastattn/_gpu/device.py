@@ -1,0 +1,140 @@
+"""One GPU: what it is, its kernels, and how they are launched.
+
+A kernel is compiled by NVRTC at its first use on a device; CuPy keeps the result on disk, in
+`CUPY_CACHE_DIR`, and this module keeps the loaded function.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+from cupy_backends.cuda.api import driver
+
+from fastattn._gpu import config as table
+from fastattn._gpu.config import Config
+from fastattn._gpu.params import SIZE
+from fastattn._gpu.source import assemble
+
+OLDEST_CUDA = 12000  # of the runtime that CuPy was built with, as cudaRuntimeGetVersion counts
+
+
+class Device(NamedTuple):
+    """What the choice of kernels depends on."""
+
+    id: int
+    arch: int  # compute capability, 90 for 9.0
+    family: str
+
+
+@functools.cache
+def device_of(number: int) -> Device:
+    """The device with a number, once; raises where kernels can't run on it."""
+    cuda = cupy.cuda.runtime.runtimeGetVersion()
+    if cuda < OLDEST_CUDA:
+        raise RuntimeError(
+            f"fastattn needs CUDA {OLDEST_CUDA // 1000} or newer, and CuPy is using CUDA "
+            f"{cuda // 1000}.{cuda % 1000 // 10}: install cupy-cuda12x or cupy-cuda13x"
+        )
+    arch = int(cupy.cuda.Device(number).compute_capability)
+    oldest = min(table.FAMILIES.values())
+    if arch < oldest:
+        raise RuntimeError(
+            f"fastattn needs a GPU of compute capability {oldest / 10} or newer, and device {number} "
+            f"has {arch / 10}"
+        )
+    return Device(number, arch, _family(arch))
+
+
+def _family(arch: int) -> str:
+    """The kernel family: FASTATTN_GPU_ARCH, or the newest that runs here."""
+    name = os.environ.get("FASTATTN_GPU_ARCH")
+    if not name:
+        return table.default_family(arch)
+    if name not in table.FAMILIES:
+        raise ValueError(
+            f"FASTATTN_GPU_ARCH is {name!r}, expected one of {', '.join(table.FAMILIES)}"
+        )
+    if table.FAMILIES[name] > arch:
+        raise RuntimeError(
+            f"FASTATTN_GPU_ARCH is {name}, which needs compute capability "
+            f"{table.FAMILIES[name] / 10}; this device has {arch / 10}"
+        )
+    return name
+
+
+# ---------------------------------------------------------------- launching
+
+
+class Kernel(NamedTuple):
+    """A loaded kernel."""
+
+    function: int  # CUfunction
+    threads: int
+    shared_bytes: int
+    raw: Any  # the RawKernel, which keeps the function loaded
+
+
+OPTIONS = ("--std=c++17", "-default-device")
+_kernels: dict[tuple[int, Config], Kernel] = {}
+_loading = threading.Lock()
+
+
+def load(device: Device, config: Config) -> Kernel:
+    """The kernel of a configuration, compiled where that was not done before."""
+    kernel = _kernels.get((device.id, config))
+    if kernel is None:
+        with _loading:
+            module = cupy.RawModule(code=assemble(config), options=OPTIONS, backend="nvrtc")
+            raw = module.get_function(config.kernel)
+            shared = config.shared_bytes
+            if shared > 48 * 1024:
+                raw.max_dynamic_shared_size_bytes = shared
+            kernel = Kernel(raw.kernel.ptr, config.threads, shared, raw)
+            _kernels[device.id, config] = kernel
+    return kernel
+
+
+class _Arguments(threading.local):
+    """A thread's copy of the kernels' one argument, which a launch copies, and its address."""
+
+    def __init__(self) -> None:
+        self.block = np.zeros(SIZE // 8, np.int64)
+        self.pointers = np.array([self.block.ctypes.data], np.uint64)
+        self.address = self.pointers.ctypes.data
+
+
+arguments = _Arguments()
+
+
+def launch(kernel: Kernel, blocks: int, stream: int, shared_bytes: int | None = None) -> None:
+    """Start a kernel on `stream` with the thread's `arguments`."""
+    driver.launchKernel(
+        kernel.function, blocks, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes, stream,
+        arguments.address, 0,
+    )  # fmt: skip
+
+
+def device_info() -> dict[str, Any]:
+    """What `show_config` says of the current device."""
+    runtime = cupy.cuda.runtime
+    number = runtime.getDevice()
+    properties = runtime.getDeviceProperties(number)
+    device = device_of(number)
+    return {
+        "name": properties["name"].decode(),
+        "compute_capability": f"{device.arch // 10}.{device.arch % 10}",
+        "kernels": device.family,
+        "memory_gib": round(properties["totalGlobalMem"] / 2**30),
+        "cuda_runtime": _version(runtime.runtimeGetVersion()),
+        "cuda_driver": _version(runtime.driverGetVersion()),
+        "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
+    }
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"

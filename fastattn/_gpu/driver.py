@@ -1,0 +1,294 @@
+"""The GPU backend: a checked Problem becomes kernel launches on the current stream.
+
+forward:  forward [, combine where keys are split]
+backward: backward_rows, backward_q, backward_kv, backward_bias [, reduce], reduce
+
+Nothing is read from the device and nothing waits for it. Results that are asked for are filled by the
+kernels; workspace comes from CuPy's allocator and is given back as its stream gets there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import cupy
+import numpy as np
+
+from fastattn._gpu.config import Config, choose
+from fastattn._gpu.device import Device, arguments, device_of, launch, load
+from fastattn._gpu.params import NO_ARRAY, pack
+from fastattn._problem import Problem
+
+LONGEST = 1 << 29  # rows or keys: positions are 32-bit in kernels, and twice that is "far"
+_ROW_PAD = 128  # kRowPad in kernels/gradient.cuh
+_SPLIT_KEYS = 512  # keys of a split, and at most so many splits:
+_MOST_SPLITS = 256
+_PACKED_ROWS = 64  # query rows of a whole group up to which they share a tile
+
+_BYTES, _ELEMENTS, _VECTORS = range(3)  # enum Access
+_KINDS = {"bool": 0, "float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}  # enum Kind
+
+
+def forward(problem: Problem, out: Any, lse: Any) -> None:
+    """Fill `out` and `lse`."""
+    if out.size == 0 and lse.size == 0:
+        return
+    with _Call(problem) as call:
+        p = problem
+        arrays = call.inputs() | {"out": call.array(out), "lse": call.rows(lse)}
+        packed = p.group > 1 and p.group * p.Lq <= _PACKED_ROWS
+        rows = p.group * p.Lq if packed else p.Lq
+        config = call.config("forward", rows)
+        tiles = -(-rows // config.Br)
+        pieces = max(1, -(-p.Dv // config.Dv)) if config.walk else 1
+        splits, split_keys = _split(p.Lk, config) if tiles == 1 and rows <= _PACKED_ROWS else (1, 0)
+        scalars: dict[str, Any] = {
+            "out_kind": _KINDS[out.dtype.name], "packed": int(packed), "tiles": tiles,
+            "pieces": pieces, "splits": splits, "split_keys": split_keys,
+        }  # fmt: skip
+        if splits > 1:
+            all_rows = p.batch * p.Hq * p.Lq * splits
+            partial_out = cupy.empty(all_rows * p.Dv, p.acc)
+            partial_lse = cupy.empty(all_rows, p.acc)
+            scalars |= {"partial_out": partial_out.data.ptr, "partial_lse": partial_lse.data.ptr}
+        heads = p.batch * (p.Hkv if packed else p.Hq)
+        call.launch(config, heads * tiles * pieces * splits, arrays, scalars)
+        if splits > 1:
+            call.launch(call.config("combine"), p.batch * p.Hq * p.Lq, arrays, scalars)
+
+
+def _split(Lk: int, config: Config) -> tuple[int, int]:
+    """How many parts the keys are cut in, and their length, for few queries: of Lk alone."""
+    keys = max(_SPLIT_KEYS, -(-Lk // _MOST_SPLITS))
+    keys = -(-keys // config.Bc) * config.Bc
+    return max(1, -(-Lk // keys)), keys
+
+
+def backward(
+    problem: Problem, dout: Any, out: Any, lse: Any, dlse: Any,
+    dq: Any, dk: Any, dv: Any, dbias: Any, dsinks: Any, dalibi_slopes: Any,
+) -> None:  # fmt: skip
+    """Fill the gradients that are not None."""
+    p = problem
+    with _Call(problem) as call:
+        if p.batch * p.Hq * p.Lq == 0:
+            for gradient in (dk, dv, dsinks, dalibi_slopes):
+                if gradient is not None and gradient.size:
+                    gradient.view(f"u{gradient.itemsize}").fill(0)  # all dtypes know that
+            return
+        rows = p.batch * p.Hq * -(-p.Lq // _ROW_PAD) * _ROW_PAD
+        row_lse, row_delta = cupy.empty(rows, p.acc), cupy.empty(rows, p.acc)
+        arrays = call.inputs() | {
+            "dout": call.array(dout), "out": call.array(out), "lse": call.rows(lse),
+            "dlse": NO_ARRAY if dlse is None else call.rows(dlse),
+        }  # fmt: skip
+        scalars: dict[str, Any] = {
+            "out_kind": _KINDS[out.dtype.name],
+            "row_lse": row_lse.data.ptr, "row_delta": row_delta.data.ptr,
+            "splits": 1, "pieces": 1,
+        }  # fmt: skip
+        config = call.config("backward_rows")
+        call.launch(config, -(-rows // config.warps), arrays, scalars)
+
+        if dalibi_slopes is not None:
+            row_sum = cupy.empty(rows, p.acc)
+        if dq is not None or dalibi_slopes is not None:
+            config = call.config("backward_q")
+            more = {"tiles": -(-p.Lq // config.Br)}
+            more["pieces"] = max(1, -(-p.D // config.D)) if config.walk else 1
+            if dalibi_slopes is not None:
+                more["row_sum"] = row_sum.data.ptr
+            blocks = p.batch * p.Hq * more["tiles"] * more["pieces"]
+            given = {} if dq is None else {"dq": call.array(dq)}
+            call.launch(config, blocks, arrays | given, scalars | more)
+        if (dk is not None or dv is not None) and p.Lk:
+            config = call.config("backward_kv")
+            more = {"tiles": -(-p.Lk // config.Bc)}
+            widest = max(p.D, p.Dv) if config.walk else config.D
+            more["pieces"] = max(1, -(-widest // config.out_columns))
+            given = {n: call.array(x) for n, x in (("dk", dk), ("dv", dv)) if x is not None}
+            blocks = p.batch * p.Hkv * more["tiles"] * more["pieces"]
+            call.launch(config, blocks, arrays | given, scalars | more)
+        if dbias is not None and dbias.size:
+            _bias(call, dbias, arrays, scalars)
+        if dsinks is not None:
+            more = {"sums": dsinks.data.ptr, "slices": 0}
+            call.launch(call.config("reduce"), p.Hq, arrays, scalars | more)
+        if dalibi_slopes is not None:
+            more = {"sums": dalibi_slopes.data.ptr, "slices": 0, "row_sum": row_sum.data.ptr}
+            call.launch(call.config("reduce"), p.Hq, arrays, scalars | more)
+
+
+def _bias(call: _Call, dbias: Any, arrays: dict[str, Any], scalars: dict[str, Any]) -> None:
+    """Sum the gradient of bias over the axes that it lacks: those of stride 0."""
+    p = call.problem
+    config = call.config("backward_bias")
+    row_tiles, column_tiles = -(-p.Lq // config.Br), -(-p.Lk // config.Bc)
+    *lead, head, row, column = (
+        stride == 0 and size > 1 for stride, size in zip(dbias.strides, dbias.shape)
+    )
+    more: dict[str, Any] = {
+        "dbias_kind": _KINDS[dbias.dtype.name],
+        "head_sums": head, "row_sums": row, "column_sums": column,
+        "row_tiles": row_tiles, "column_tiles": column_tiles,
+        "batch_sums": math.prod(n for n, summed in zip(p.lead, lead) if summed),
+    }  # fmt: skip
+    own_batches = p.batch // more["batch_sums"]
+    if 1 < more["batch_sums"] < p.batch:  # entries of C order, in steps of C order
+        steps = [math.prod(p.lead[axis + 1 :]) for axis in range(len(p.lead))]
+        own = call.offsets(p.lead, [0 if summed else s for s, summed in zip(steps, lead)], lead)
+        summed_axes = [not summed for summed in lead]
+        sums = call.offsets(p.lead, [s if x else 0 for s, x in zip(steps, lead)], summed_axes)
+        more |= {"own_batches": own, "sum_batches": sums}
+    plane = (1 if row else row_tiles) * (1 if column else column_tiles)
+    summed_tiles = (
+        (row_tiles if row else 1) * (column_tiles if column else 1) * (p.Hq if head else 1)
+    ) * more["batch_sums"]
+    # Only where rows or columns are summed is a slice's share small beside what it is made from.
+    slices = max(1, min(summed_tiles, _BIAS_BLOCKS // plane)) if row or column else 1
+    more["slices"] = slices
+    own_heads = 1 if head else p.Hq
+    elements = own_batches * own_heads * (1 if row else p.Lq) * (1 if column else p.Lk)
+    if slices > 1:
+        sums = cupy.empty(elements * slices, np.float64)
+        more["sums"] = sums.data.ptr
+    arrays = arrays | {"dbias": call.array(dbias)}
+    call.launch(config, own_batches * own_heads * plane * slices, arrays, scalars | more)
+    if slices > 1:
+        call.launch(call.config("reduce"), elements, arrays, scalars | more)
+
+
+_BIAS_BLOCKS = 64  # that share the sums of one plane of dbias
+
+
+class _Call:
+    """One call: its device and stream, its arrays as kernels see them, its launches."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = p = problem
+        for name, length in (("q", p.Lq), ("k", p.Lk)):
+            if length > LONGEST:
+                raise ValueError(
+                    f"{name} has {length} rows (axis -2), and a GPU takes at most {LONGEST}"
+                )
+        self.general = not (
+            p.attn_mask is None and p.bias is None and p.q_segment_ids is None
+            and p.softcap == 0.0 and p.alibi_slopes is None and p.dropout_p == 0.0
+            and 1e-30 < p.scale < 1e30  # else its product with log2(e) may leave float32
+        )  # fmt: skip
+        self.alive: list[Any] = []  # workspace that launches still read
+
+    def __enter__(self) -> _Call:
+        device = self.problem.q.device
+        self.switch = None
+        if device.id != cupy.cuda.runtime.getDevice():
+            self.switch = device
+            device.__enter__()
+        self.device: Device = device_of(device.id)
+        self.stream = cupy.cuda.get_current_stream().ptr
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.switch is not None:
+            self.switch.__exit__(*error)
+
+    def config(self, kernel: str, rows: int = 0) -> Config:
+        p, device = self.problem, self.device
+        rows = 16 if rows <= 16 else 64 if rows <= 64 else 128
+        return choose(kernel, device.arch, device.family, p.dtype, self.general, p.D, p.Dv, rows)
+
+    def launch(
+        self, config: Config, blocks: int, arrays: dict[str, Any], scalars: dict[str, Any]
+    ) -> None:
+        values = self.options() | scalars
+        pack(arguments.block, arrays, values)
+        launch(load(self.device, config), blocks, self.stream)
+
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """The arrays of the problem itself."""
+        p = self.problem
+        arrays = {"q": self.array(p.q), "k": self.array(p.k), "v": self.array(p.v)}
+        for name in ("attn_mask", "bias"):
+            if (mask := getattr(p, name)) is not None:
+                arrays[name] = self.array(mask)
+        if p.q_segment_ids is not None:
+            arrays["q_segment_ids"] = self.rows(p.q_segment_ids[..., None, :])
+            arrays["kv_segment_ids"] = self.rows(p.kv_segment_ids[..., None, :])
+        return arrays
+
+    def options(self) -> dict[str, Any]:
+        """The problem's numbers, by the names of the kernels' argument."""
+        p = self.problem
+        values: dict[str, Any] = {
+            "batch": p.batch, "Hq": p.Hq, "Hkv": p.Hkv, "group": p.group,
+            "Lq": p.Lq, "Lk": p.Lk, "D": p.D, "Dv": p.Dv, "scale": p.scale, "softcap": p.softcap,
+            "window_left": -1 if p.window_left is None else p.window_left,
+            "window_right": -1 if p.window_right is None else p.window_right,
+            "keep_scale": 1.0,
+        }  # fmt: skip
+        if p.causal_offset is not None:
+            if isinstance(p.causal_offset, int):
+                values["causal_offset"] = p.causal_offset
+            else:
+                values["causal_offsets"] = p.causal_offset.data.ptr
+        for name in ("q_lens", "kv_lens", "alibi_slopes", "sinks"):
+            if (array := getattr(p, name)) is not None:
+                values[name] = array.data.ptr
+        for name in ("attn_mask", "bias"):
+            if (array := getattr(p, name)) is not None:
+                values[f"{name}_kind"] = _KINDS[array.dtype.name]
+        if p.dropout_p:
+            values["dropout_threshold"] = math.ceil(p.dropout_p * 2**32)
+            values["keep_scale"] = 1 / (1 - p.dropout_p) if p.dropout_p < 1 else 0.0
+            if isinstance(p.seed, int):
+                values["seed"] = p.seed
+            else:
+                values["seed_at"] = p.seed.data.ptr
+        return values
+
+    def array(self, array: Any) -> tuple[int, ...]:
+        """An array (..., heads, rows, columns) as `Array` in kernels/arrays.cuh has it."""
+        *lead, head, row, column = array.strides
+        pointer, size = array.data.ptr, array.itemsize
+        batches, batch = self._leading(array.shape[:-3], lead)
+        together = pointer | head | row | batch
+        if batches:
+            for stride in lead:
+                together |= stride
+        if column == size and together % 16 == 0 and array.shape[-1] * size % 16 == 0 and pointer:
+            access = _VECTORS
+        else:
+            access = _BYTES if (together | column) % size else _ELEMENTS
+        return pointer, batches, batch, head, row, column, access
+
+    def rows(self, array: Any) -> tuple[int, ...]:
+        """An array (..., heads, rows), likewise."""
+        *lead, head, row = array.strides
+        batches, batch = self._leading(array.shape[:-2], lead)
+        together = array.data.ptr | head | row | batch
+        for stride in lead:
+            together |= stride
+        access = _BYTES if together % array.itemsize else _ELEMENTS
+        return array.data.ptr, batches, batch, head, row, 0, access
+
+    def _leading(self, shape: tuple[int, ...], strides: list[int]) -> tuple[int, int]:
+        """Where batch entries are: (address of a table of offsets, or 0; else their one stride)."""
+        steps = [(n, stride) for n, stride in zip(shape, strides) if n != 1]
+        if not steps:
+            return 0, 0
+        if all(
+            outer[1] == inner[0] * inner[1] for outer, inner in zip(steps[:-1], steps[1:])
+        ):
+            return 0, steps[-1][1]
+        return self.offsets(shape, strides, [False] * len(shape)), 0
+
+    def offsets(self, shape: tuple[int, ...], steps: list[int], drop: list[bool]) -> int:
+        """The address of a table: sums of index x step over the axes not dropped, in C order."""
+        axes = [(n, step) for n, step, dropped in zip(shape, steps, drop) if not dropped]
+        table = cupy.zeros([n for n, _ in axes], np.int64)
+        for axis, (n, step) in enumerate(axes):
+            along = [1] * axis + [n] + [1] * (len(axes) - axis - 1)
+            table += (cupy.arange(n, dtype=np.int64) * step).reshape(along)
+        self.alive.append(table)
+        return table.data.ptr

@@ -1,0 +1,188 @@
+// dQ = scale dS K: a block owns kBr query rows and walks over the keys they see. Of each tile
+//
+//     S = Q K^T,  dP = dO V^T,  P = exp(S - lse),  dS = P (z dP - delta),  dQ += dS K
+//
+// The rows' sums of dS |i + offset - j|, from which the gradient of ALiBi's slopes is made, come along.
+// K has two buffers, V one. As in forward.cu, a block that does not end finite is done again: kClean
+// with 0 for what is not finite in K, then kTaint.
+
+constexpr int kM = kBr / (16 * kWarps), kN = kBc / 8, kO = kD / 8;
+
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+backward_q(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) char shared[];
+  Tile* const sQ = (Tile*)shared;
+  Tile* const sO = sQ + kBr * pitch_of(kD);
+  Tile* const sV = sO + kBr * pitch_of(kDv);
+  Tile* const sK = sV + kBc * pitch_of(kDv);
+  constexpr int kBuffer = kBc * pitch_of(kD);
+  Acc* const added = (Acc*)(sK + (kWalk ? 1 : 2) * kBuffer);  // these two in kGeneral only
+  u8* const kept = (u8*)(added + kBr * kAddedPitch);
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+
+  i64 index = blockIdx.x;
+  const int piece = kWalk ? (int)(index % p.pieces) : 0;
+  if (kWalk) index /= p.pieces;
+  const Turn turn = turn_of(index, p.tiles, p.batch * p.Hq);
+  const int b = (int)(turn.head / p.Hq), h = (int)(turn.head % p.Hq), kv_head = h / (int)p.group;
+  const Entry entry = entry_of(p, b);
+  const int row0 = ((int)p.tiles - 1 - turn.tile) * kBr, rows = (int)p.Lq;
+  auto row_of = [&](int r) { return row0 + r < rows ? Row{row0 + r, h} : Row{kFar, 0}; };
+  const int last = min_of(min_of(row0 + kBr, rows), entry.q_len) - 1;
+  const int begin = first_key(entry, row0), end = row0 < entry.q_len ? end_of_keys(entry, last) : 0;
+  const int from = begin / kBc, to = end > begin ? (end + kBc - 1) / kBc : from;
+  const int column0 = piece * kD;
+
+  const char* const of_q = p.q.at(b, h);
+  const char* const of_o = p.dout.at(b, h);
+  const char* const of_k = p.k.at(b, kv_head);
+  const char* const of_v = p.v.at(b, kv_head);
+  auto load_q = [&](int at) {
+    load_tile<kBr, kD>(sQ, p.q, (int)p.D - at, [&](int r) -> const char* {
+      return row0 + r < entry.q_len ? of_q + (row0 + r) * p.q.row + at * p.q.column : nullptr;
+    });
+  };
+  auto load_o = [&](int at) {
+    load_tile<kBr, kDv>(sO, p.dout, (int)p.Dv - at, [&](int r) -> const char* {
+      return row0 + r < entry.q_len ? of_o + (row0 + r) * p.dout.row + at * p.dout.column : nullptr;
+    });
+  };
+  auto load_k = [&](Tile* tile, int n, int at) {
+    load_tile<kBc, kD>(tile, p.k, (int)p.D - at, [&](int r) -> const char* {
+      const int j = n * kBc + r;
+      return j < entry.kv_len ? of_k + j * p.k.row + at * p.k.column : nullptr;
+    });
+  };
+  auto load_v = [&](int n, int at) {
+    load_tile<kBc, kDv>(sV, p.v, (int)p.Dv - at, [&](int r) -> const char* {
+      const int j = n * kBc + r;
+      return j < entry.kv_len ? of_v + j * p.v.row + at * p.v.column : nullptr;
+    });
+  };
+
+  Acc lse[kM][2], delta[kM][2];
+#pragma unroll
+  for (int m = 0; m < kM; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const i64 row = row_start(p, b, h) + row0 + (warp * kM + m) * 16 + half * 8 + g;
+      lse[m][half] = ((const Acc*)p.row_lse)[row];
+      delta[m][half] = ((const Acc*)p.row_delta)[row];
+    }
+  const Tile* const warp_q = sQ + warp * kM * 16 * pitch_of(kD);
+  const Tile* const warp_o = sO + warp * kM * 16 * pitch_of(kDv);
+  const Acc ones[kM][2] = {};
+
+  for (int mode = kUsual;; mode = mode == kUsual ? kClean : kTaint) {
+    Acc dq[kM][kO][4], distances[kM][2];
+    clear(dq);
+#pragma unroll
+    for (int m = 0; m < kM; m++) distances[m][0] = distances[m][1] = 0;
+    __syncthreads();
+    if (!kWalk && from < to) {
+      load_q(0);
+      load_o(0);
+      load_k(sK, from, 0);
+      load_v(from, 0);
+      copies_commit();
+    }
+#pragma unroll 1
+    for (int n = from; n < to; n++) {
+      Tile* const tile_k = kWalk ? sK : sK + (n - from) % 2 * kBuffer;
+      Acc s[kM][kN][4], dp[kM][kN][4];
+      clear(s);
+      clear(dp);
+#if kGeneral
+      fill_added(p, entry, added, kept, n * kBc, row_of);
+#endif
+      auto multiply_q_k = [&] {
+        if (kWalk)
+          walk_rows<kD>(s, warp_q, sK, (int)p.D, load_q, [&](int at) { load_k(sK, n, at); });
+        else
+          multiply_rows<kD / kStep>(s, warp_q, pitch_of(kD), tile_k, pitch_of(kD));
+      };
+      if (kWalk) {
+        __syncthreads();
+      } else {
+        copies_wait<0>();
+        __syncthreads();
+        if (n + 1 < to) load_k(sK + (n + 1 - from) % 2 * kBuffer, n + 1, 0);
+        copies_commit();
+      }
+      multiply_q_k();
+      if (kWalk)
+        walk_rows<kDv>(dp, warp_o, sV, (int)p.Dv, load_o, [&](int at) { load_v(n, at); });
+      else
+        multiply_rows<kDv / kStep>(dp, warp_o, pitch_of(kDv), sV, pitch_of(kDv));
+      auto place = [&](int m, int x, int e) {
+        return Place{(warp * kM + m) * 16 + (e >> 1) * 8 + g, x * 8 + 2 * t + (e & 1)};
+      };
+      score(p, entry, s, added, n * kBc, mode == kUsual && all_pairs(entry, row0, last, n * kBc, kBc),
+            place, [&](int m, int x, int e) { return row0 + place(m, x, e).r; });
+      auto make_ds = [&](auto care) {
+        for_each(s, [&](Acc& x, int m, int y, int e) {
+          Acc z = 1;
+#if kGeneral
+          if (p.dropout_threshold) z = is_kept(kept, place(m, y, e)) ? (Acc)p.keep_scale : 0;
+#endif
+          dp[m][y][e] = gradient<decltype(care)::value>(p, x, z * dp[m][y][e], lse[m][e >> 1],
+                                                        delta[m][e >> 1], mode).ds;
+        });
+      };
+      mode == kUsual ? make_ds(Usual()) : make_ds(Careful());
+#if kGeneral
+      if (p.row_sum)
+        for_each(dp, [&](Acc& ds, int m, int y, int e) {
+          const Place at = place(m, y, e);
+          const i64 distance = row0 + at.r + entry.offset - (n * kBc + at.c);
+          distances[m][e >> 1] += ds == 0 ? 0 : ds * (Acc)(distance < 0 ? -distance : distance);
+        });
+      if (p.softcap != 0 && mode != kTaint) {
+        clear(s);
+        multiply_q_k();
+        for_each(dp, [&](Acc& ds, int m, int y, int e) { ds = ds == 0 ? 0 : ds * slope(p, s[m][y][e]); });
+      }
+#endif
+      __syncthreads();
+      if (kWalk) {
+        load_k(sK, n, column0);
+        copies_commit();
+        copies_wait<0>();
+        __syncthreads();
+      } else {
+        if (n + 1 < to) load_v(n + 1, 0);
+        copies_commit();
+      }
+      if (mode != kUsual) sanitize<kBc, kD>(tile_k, mode);
+      multiply_blocks<false>(dq, dp, tile_k, pitch_of(kD), ones);
+    }
+    copies_wait<0>();
+    bool odd = false;
+#pragma unroll
+    for (int m = 0; m < kM; m++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        if (lse[m][half] == infinity(Acc())) {  // no pair takes part, whatever the sums say
+          distances[m][half] = 0;
+#pragma unroll
+          for (int x = 0; x < kO; x++) dq[m][x][2 * half] = dq[m][x][2 * half + 1] = 0;
+        }
+    odd = __syncthreads_or(any_odd(dq));
+    if (mode == kUsual && odd) continue;
+    if (p.row_sum && piece == 0 && mode != kTaint)
+#pragma unroll
+      for (int m = 0; m < kM; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const Acc sum = quad_sum(distances[m][half]);
+          const i64 row = row_start(p, b, h) + row0 + (warp * kM + m) * 16 + half * 8 + g;
+          if (t == 0) ((Acc*)p.row_sum)[row] = sum;
+        }
+    if (p.dq.data)
+      write_blocks(dq, (Acc)(mode == kTaint ? 1.0 : p.scale), shared, p.dq, min_of((int)p.D - column0, kD), mode,
+                   [&](int r) -> char* {
+        return row0 + r < rows ? p.dq.at(b, h) + (row0 + r) * p.dq.row + column0 * p.dq.column : nullptr;
+      });
+    if (mode == kUsual || mode == kTaint) return;
+  }
+}

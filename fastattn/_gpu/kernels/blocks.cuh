@@ -1,0 +1,98 @@
+// What blocks have in common: the order of their work, and their way out to memory.
+
+// The work of block `index`: tiles of a few heads at a time, so that these heads' arrays stay in cache.
+struct Turn { i64 head; int tile; };
+
+DEVICE Turn turn_of(i64 index, i64 tiles, i64 heads) {
+  const i64 section = index / (4 * tiles) * 4, within = index - section * tiles;
+  const i64 width = min_of(heads - section, (i64)4);
+  return {section + within % width, (int)(within / width)};
+}
+
+// One element of a result, where `mode` lets it be written; see forward.cu.
+template <class T>
+DEVICE void write(char* to, Acc value, i64 access, int mode) {
+  if (mode == kTaint && value == 0) return;
+  if (mode == kTaint) value = infinity(Acc()) - infinity(Acc());
+  if (mode == kScaled && finite(load<T>(to, access))) return;
+  T y;
+  narrow(y, value);
+  store(to, y, access);
+}
+
+// A warp writes a row of `columns` results to an array's row.
+template <class T>
+DEVICE void write_elements(const Array& array, char* to, const Acc* from, int columns, int mode) {
+  const int lane = threadIdx.x & 31;
+  if (mode == kUsual && array.access == kVectors && !(columns & 1)) {
+    for (int c = 2 * lane; c < columns; c += 64) {
+      struct alignas(2 * sizeof(T)) Two { T x[2]; } two;
+      narrow(two.x[0], from[c]);
+      narrow(two.x[1], from[c + 1]);
+      *(Two*)(to + c * (int)sizeof(T)) = two;
+    }
+  } else {
+    for (int c = lane; c < columns; c += 32) write<T>(to + c * array.column, from[c], array.access, mode);
+  }
+}
+DEVICE void write_row(const Params& p, char* to, Acc* partial, const Acc* from, int columns, int mode) {
+  if (p.splits > 1) {
+    for (int c = threadIdx.x & 31; c < columns; c += 32)
+      write<Acc>((char*)(partial + c), from[c], kElements, mode);
+  } else if (sizeof(Elem) == 2 && p.out_kind == kF32) {
+    write_elements<float>(p.out, to, from, columns, mode);
+  } else {
+    write_elements<Elem>(p.out, to, from, columns, mode);
+  }
+}
+
+// c += A B^T over head sizes beyond a tile: load_a(at), load_b(at) bring kColumns columns from `at` on.
+template <int kColumns, int M, int N, class LoadA, class LoadB>
+DEVICE void walk_rows(Acc (&c)[M][N][4], const Tile* warp_a, const Tile* b, int size, LoadA load_a, LoadB load_b) {
+  for (int at = 0; at < size; at += kColumns) {
+    __syncthreads();
+    load_a(at);
+    load_b(at);
+    copies_commit();
+    copies_wait<0>();
+    __syncthreads();
+    multiply_rows<kColumns / kStep>(c, warp_a, pitch_of(kColumns), b, pitch_of(kColumns));
+  }
+}
+
+// A warp's blocks of results, through shared memory, to rows of an array: row_at(r) is the address of
+// tile row r, or null. `columns` of the kN x 8 are written.
+template <int M, int N, class RowAt>
+DEVICE void write_blocks(const Acc (&c)[M][N][4], Acc factor, char* shared, const Array& array, int columns,
+                         int mode, RowAt row_at) {
+  constexpr int kPitch = N * 8 + 4;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  Acc* const stage = (Acc*)shared + warp * 16 * kPitch;
+#pragma unroll
+  for (int m = 0; m < M; m++) {
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        stage[(g + (e >> 1) * 8) * kPitch + n * 8 + 2 * t + (e & 1)] = c[m][n][e] * factor;
+    __syncwarp();
+#pragma unroll 1
+    for (int r = 0; r < 16; r++) {
+      char* const to = row_at((warp * M + m) * 16 + r);
+      if (to) write_elements<Elem>(array, to, stage + r * kPitch, columns, mode);
+    }
+    __syncwarp();
+  }
+}
+
+template <int M, int N>
+DEVICE bool any_odd(const Acc (&c)[M][N][4]) {
+  bool odd = false;
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) odd = odd || !finite(c[m][n][e]);
+  return odd;
+}

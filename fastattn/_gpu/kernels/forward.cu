@@ -1,0 +1,256 @@
+// Forward: a block owns kBr query rows and walks over the keys they see, tile by tile, with an online
+// softmax (arXiv 1805.02867, 2307.08691):
+//
+//     S = Q K^T -> scores, excluded pairs -inf -> P = exp(S - running maximum) -> O = O scale + P V
+//
+// A warp owns kM x 16 rows and all columns, so rows are reduced within four lanes. K and V have one
+// buffer each: V's tile arrives while S is computed, the next K's while P V is.
+//
+// Rows are those of one query head; or, where `packed`, those of all query heads of a key head,
+// row = i * group + head in the group, so that few queries share the loads of their keys.
+// With splits > 1 a block sees split_keys keys only, and combine.cu merges the partial results.
+//
+// Excluded pairs have P = 0, but 0 x NaN is NaN: a block whose rows do not all end finite is computed
+// again. kClean: as before, with 0 for what is not finite in V, so that rows that see none of it keep
+// their bits. kScaled, if that is still not finite: V scaled down and scores subtracted before they
+// are multiplied by scale, where sums overflow though their mean does not; replaces what was not
+// finite. kTaint: counts the non-finite numbers of V that each element includes, which make it NaN.
+//
+// Head sizes beyond the largest tile (kWalk): Q and K arrive in pieces of kD columns, and blocks share
+// out the columns of V.
+
+constexpr int kM = kBr / (16 * kWarps), kN = kBc / 8, kO = kDv / 8;
+constexpr int kStage = kDv + 4;  // Acc numbers from row to row of results on their way out
+
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+forward(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) char shared[];
+  Tile* const sQ = (Tile*)shared;
+  Tile* const sK = sQ + kBr * pitch_of(kD);
+  Tile* const sV = sK + kBc * pitch_of(kD);
+  Acc* const added = (Acc*)(sV + kBc * pitch_of(kDv));  // these two in kGeneral only
+  u8* const kept = (u8*)(added + kBr * kAddedPitch);
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+
+  // This block's work. Tiles of a few heads are in flight together, so that their keys stay in cache,
+  // and the last tiles, the longest under a causal bound, go first.
+  i64 index = blockIdx.x;
+  const int split = (int)(index % p.splits);
+  index /= p.splits;
+  const int piece = kWalk ? (int)(index % p.pieces) : 0;
+  if (kWalk) index /= p.pieces;
+  const int heads = (int)(p.packed ? p.Hkv : p.Hq), group = (int)(p.packed ? p.group : 1);
+  const Turn turn = turn_of(index, p.tiles, heads * p.batch);
+  const int b = (int)(turn.head / heads), h = (int)(turn.head % heads);
+  const int kv_head = p.packed ? h : h / (int)p.group;
+  const Entry entry = entry_of(p, b);
+  const int row0 = ((int)p.tiles - 1 - turn.tile) * kBr, rows = (int)p.Lq * group;
+  auto row_of = [&](int r) {
+    const int x = row0 + r;
+    return x >= rows ? Row{kFar, 0} : group == 1 ? Row{x, h} : Row{x / group, h * group + x % group};
+  };
+
+  const int column0 = piece * kDv, columns = min_of((int)p.Dv - column0, kDv);
+  const int first = row_of(0).i;
+  const int last = min_of(row_of(min_of(kBr, rows - row0) - 1).i, entry.q_len - 1);
+  const int begin = max_of(first_key(entry, first), split * (int)p.split_keys);
+  int end = end_of_keys(entry, last);
+  if (p.splits > 1) end = min_of(end, (split + 1) * (int)p.split_keys);
+  if (first >= entry.q_len) end = 0;
+  const int from = begin / kBc, to = end > begin ? (end + kBc - 1) / kBc : from;
+
+  int i_of[kM][2];  // a thread's rows: two of each block of 16
+#pragma unroll
+  for (int m = 0; m < kM; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) i_of[m][half] = row_of((warp * kM + m) * 16 + half * 8 + g).i;
+
+  const char* const of_q = p.q.at(b, 0);
+  const char* const of_k = p.k.at(b, kv_head);
+  const char* const of_v = p.v.at(b, kv_head) + (i64)column0 * p.v.column;
+  auto load_q = [&](int at) {
+    load_tile<kBr, kD>(sQ, p.q, (int)p.D - at, [&](int r) -> const char* {
+      const Row row = row_of(r);
+      return row.i == kFar ? nullptr : of_q + row.h * p.q.head + row.i * p.q.row + at * p.q.column;
+    });
+  };
+  auto load_k = [&](int n, int at) {
+    load_tile<kBc, kD>(sK, p.k, (int)p.D - at, [&](int r) -> const char* {
+      const int j = n * kBc + r;
+      return j < entry.kv_len ? of_k + j * p.k.row + at * p.k.column : nullptr;
+    });
+    copies_commit();
+  };
+  auto load_v = [&](int n) {
+    load_tile<kBc, kDv>(sV, p.v, columns, [&](int r) -> const char* {
+      const int j = n * kBc + r;
+      return j < entry.kv_len ? of_v + j * p.v.row : nullptr;
+    });
+    copies_commit();
+  };
+
+  const Acc unit = (Acc)(kGeneral ? 1.0 : p.scale);  // scores -> natural units
+  const Acc log2_unit = (Acc)((kGeneral ? 1.0 : p.scale) * kLog2e);
+  const Acc none = -infinity(Acc());
+
+  for (int mode = kUsual, next;; mode = next) {
+    Acc o[kM][kO][4], row_max[kM][2], row_sum[kM][2];
+    clear(o);
+#pragma unroll
+    for (int m = 0; m < kM; m++) {
+      row_max[m][0] = row_max[m][1] = none;
+      row_sum[m][0] = row_sum[m][1] = 0;
+    }
+    __syncthreads();
+    if (!kWalk && from < to) {
+      load_q(0);
+      load_k(from, 0);
+    }
+#pragma unroll 1
+    for (int n = from; n < to; n++) {
+      Acc s[kM][kN][4], scale[kM][2];
+      clear(s);
+#if kGeneral
+      fill_added(p, entry, added, kept, n * kBc, row_of);
+#endif
+      if (kWalk) {
+        for (int at = 0; at < p.D; at += kD) {
+          load_q(at);
+          load_k(n, at);
+          copies_wait<0>();
+          __syncthreads();
+          multiply_rows<kD / kStep>(s, sQ + warp * kM * 16 * pitch_of(kD), pitch_of(kD), sK, pitch_of(kD));
+          __syncthreads();
+        }
+        if (p.D == 0) __syncthreads();
+        load_v(n);
+      } else {
+        copies_wait<0>();
+        __syncthreads();
+        load_v(n);
+        multiply_rows<kD / kStep>(s, sQ + warp * kM * 16 * pitch_of(kD), pitch_of(kD), sK, pitch_of(kD));
+      }
+      auto place = [&](int m, int x, int e) {
+        return Place{(warp * kM + m) * 16 + (e >> 1) * 8 + g, x * 8 + 2 * t + (e & 1)};
+      };
+      score(p, entry, s, added, n * kBc, mode == kUsual && all_pairs(entry, first, last, n * kBc, kBc),
+            place, [&](int m, int, int e) { return i_of[m][e >> 1]; });
+
+#pragma unroll
+      for (int m = 0; m < kM; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          Acc high = row_max[m][half];
+#pragma unroll
+          for (int x = 0; x < kN; x++)
+            high = max_of(high, max_of(s[m][x][2 * half], s[m][x][2 * half + 1]));
+          high = quad_max(high);
+          const Acc safe = high == none ? 0 : high;
+          scale[m][half] = exp2_of((row_max[m][half] - safe) * log2_unit);
+          row_max[m][half] = high;
+          Acc shift = safe * log2_unit, sum = 0;
+          if (kGeneral || mode == kScaled) {  // the products with log2(e) may overflow
+            shift = 0;
+#pragma unroll
+            for (int x = 0; x < kN; x++) {
+              s[m][x][2 * half] -= safe;
+              s[m][x][2 * half + 1] -= safe;
+            }
+          }
+#pragma unroll
+          for (int x = 0; x < kN; x++)
+#pragma unroll
+            for (int e = 2 * half; e < 2 * half + 2; e++) {
+              if (mode != kTaint) s[m][x][e] = exp2_of(fma_of(s[m][x][e], log2_unit, -shift));
+              sum += s[m][x][e];
+            }
+          row_sum[m][half] = row_sum[m][half] * scale[m][half] + sum;
+        }
+      if (mode == kTaint) {  // (-inf) - maximum is still -inf
+        for_each(s, [&](Acc& x, int, int, int) { x = x == none ? 0 : 1; });
+#pragma unroll
+        for (int m = 0; m < kM; m++) scale[m][0] = scale[m][1] = 1;
+      }
+#if kGeneral
+      if (p.dropout_threshold && mode != kTaint)
+        for_each(s, [&](Acc& x, int m, int y, int e) {
+          x = is_kept(kept, place(m, y, e)) ? x : x * 0;  // NaN stays
+        });
+#endif
+      copies_wait<0>();
+      __syncthreads();
+      if (!kWalk && n + 1 < to) load_k(n + 1, 0);
+      if (mode != kUsual) sanitize<kBc, kDv>(sV, mode);
+      multiply_blocks<true>(o, s, sV, pitch_of(kDv), scale);
+      if (kWalk) __syncthreads();
+    }
+
+    // Normalise, look for what is not finite.
+    bool odd = false;
+    Acc lse[kM][2];
+#pragma unroll
+    for (int m = 0; m < kM; m++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        Acc sum = quad_sum(row_sum[m][half]), high = row_max[m][half];
+        const bool exists = i_of[m][half] < entry.q_len, dead = !exists || (high == none && sum == 0);
+        if (high != none) high *= unit;
+        Acc factor = (Acc)p.keep_scale;
+        if (mode == kScaled) factor *= (Acc)kUp;
+        if (p.sinks && p.splits == 1 && exists) {
+          const int head = row_of((warp * kM + m) * 16 + half * 8 + g).h;
+          const Acc sink = ((const Acc*)p.sinks)[head];
+          const Acc top = max_of(high, sink), safe = top == none ? 0 : top;
+          const Acc shrunk = exp2_of((high - safe) * (Acc)kLog2e);
+          factor *= shrunk;
+          sum = (dead ? 0 : sum * shrunk) + exp2_of((sink - safe) * (Acc)kLog2e);
+          high = top;
+        }
+        lse[m][half] = !exists || (high == none && sum == 0) ? none : high + log_of(sum);
+        factor /= sum;
+        odd = odd || (!dead && (!finite(sum) || sum == 0));
+#pragma unroll
+        for (int x = 0; x < kO; x++)
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; e++) {
+            if (mode != kTaint) o[m][x][e] = dead ? 0 : o[m][x][e] * factor;
+            odd = odd || !finite(o[m][x][e]);
+          }
+      }
+    odd = __syncthreads_or(odd);
+    next = mode == kUsual ? kClean : mode == kClean && odd ? kScaled : kTaint;
+    if (mode == kUsual && odd) continue;
+
+    // Write, through shared memory: each warp passes on 16 rows of its own at a time.
+    Acc* const stage = (Acc*)shared + warp * 16 * kStage;
+#pragma unroll
+    for (int m = 0; m < kM; m++) {
+#pragma unroll
+      for (int x = 0; x < kO; x++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) stage[(g + (e >> 1) * 8) * kStage + x * 8 + 2 * t + (e & 1)] = o[m][x][e];
+      __syncwarp();
+#pragma unroll 1
+      for (int r = 0; r < 16; r++) {
+        const Row row = row_of((warp * kM + m) * 16 + r);
+        const i64 flat = ((b * p.Hq + row.h) * p.Lq + row.i) * p.splits + split;
+        char* const to = p.out.at(b, row.h) + row.i * p.out.row + column0 * p.out.column;
+        if (row.i != kFar)
+          write_row(p, to, (Acc*)p.partial_out + flat * p.Dv + column0, stage + r * kStage, columns, mode);
+      }
+      if (t == 0 && piece == 0 && mode != kTaint)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const Row row = row_of((warp * kM + m) * 16 + half * 8 + g);
+          if (row.i == kFar) continue;
+          const i64 flat = ((b * p.Hq + row.h) * p.Lq + row.i) * p.splits + split;
+          char* to = p.splits > 1 ? (char*)((Acc*)p.partial_lse + flat)
+                                  : p.lse.at(b, row.h) + row.i * p.lse.row;
+          const i64 access = p.splits > 1 ? (i64)kElements : p.lse.access;
+          if (mode != kScaled || !finite(load<Acc>(to, access))) store(to, lse[m][half], access);
+        }
+      __syncwarp();
+    }
+    if (mode == kUsual || mode == kTaint) return;
+  }
+}

@@ -1,0 +1,54 @@
+"""CUDA source text, assembled for one configuration.
+
+NVRTC gets one string without includes: definitions of what the configuration chooses, then the
+shared files in their order, then the kernel. `kernels/` is read once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from importlib import resources
+
+from fastattn._gpu.config import Config
+from fastattn._gpu.params import DECLARATION
+
+# In the order of use: each file reads what the ones before it declare.
+_SHARED = ("types.cuh", "mma.cuh", "arrays.cuh", "PARAMS", "pairs.cuh", "blocks.cuh", "gradient.cuh")
+_C_TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "float", "float64": "double"}
+
+
+@functools.cache
+def _text(name: str) -> str:
+    if name == "PARAMS":
+        return DECLARATION
+    return (resources.files(__package__) / "kernels" / name).read_text(encoding="utf-8")
+
+
+def assemble(config: Config) -> str:
+    """The source of one configuration: a translation unit with one kernel, `config.kernel`."""
+    acc = "double" if config.dtype == "float64" else "float"
+    values = {
+        "kArch": config.family.removeprefix("sm_"),
+        "kGeneral": int(config.general),
+        "kWalk": int(config.walk),
+    }
+    constants = {
+        "kD": config.D, "kDv": config.Dv, "kBr": config.Br, "kBc": config.Bc,
+        "kWarps": config.warps, "kThreads": config.threads, "kBlocks": config.blocks,
+    }  # fmt: skip
+    types = {"Elem": config.dtype, "Tile": config.tile_dtype}
+    head = [f"#define {name} {value}" for name, value in values.items()]
+    choice = [f"constexpr int {name} = {value};" for name, value in constants.items()]
+    choice += [f"using {name} = {_C_TYPES[dtype]};" for name, dtype in types.items()]
+    choice += [f"using Acc = {acc};"]
+    files = [_text(name) for name in (*_SHARED, f"{config.kernel}.cu")]
+    return "\n".join([*head, files[0], *choice, *files[1:]])
+
+
+@functools.cache
+def fingerprint() -> str:
+    """A short digest of the sources, for reports."""
+    names = sorted(path.name for path in (resources.files(__package__) / "kernels").iterdir())
+    text = "".join(map(_text, (*names, "PARAMS")))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,883 @@
+"""What only a GPU has: streams, graphs, options on the device, and a CPU to agree with.
+
+What both devices promise is tested elsewhere, with the same tests. Here, a Case of NumPy arrays
+computes on the CPU, or on the GPU under the fixture `gpu`; one of CuPy arrays, see `on_device`, is
+passed on as it is.
+"""
+
+import gc
+import itertools
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from helpers import (
+    DTYPES,
+    OPTIONS,
+    Case,
+    assert_same_bits,
+    assert_targets_agree,
+    bits,
+    call,
+    computing_on,
+    draw_case,
+    inf,
+    make_case,
+    nan,
+    option_case,
+    run_python,
+    to_device,
+    to_host,
+)  # fmt: skip
+
+from fastattn import merge_attention_states, safe_softmax, safe_softmax_backward
+from fastattn.attention import attention_backward, attention_forward
+from fastattn.testing import (
+    assert_gradients,
+    dropout_keep,
+    reference_backward,
+    reference_forward,
+)
+
+cupy = sys.modules.get("cupy")  # imported by conftest.py where FASTATTN_TEST_BACKENDS asks for it
+pytestmark = pytest.mark.gpu
+MiB, GiB = 1 << 20, 1 << 30
+
+
+@pytest.fixture
+def gpu():
+    with computing_on("cupy"):
+        yield
+
+
+@pytest.fixture
+def memory():
+    """The free bytes of the device, after all that other tests left was given back."""
+    pool = cupy.get_default_memory_pool()
+    gc.collect()
+    pool.free_all_blocks()
+    yield cupy.cuda.Device().mem_info[0]
+    gc.collect()
+    pool.free_all_blocks()
+
+
+def needs(free, size):
+    if free < size:
+        pytest.skip(f"needs {size / GiB:.0f} GiB of device memory, {free / GiB:.0f} are free")
+
+
+def on_device(case):
+    """The same Case of CuPy arrays, laid out alike."""
+    arrays = to_device((case.q, case.k, case.v, case.dout, case.dlse, case.options))
+    return Case(*arrays)
+
+
+def on_gpu(case, **kwargs):
+    """What a Case of NumPy arrays gives on the GPU."""
+    with computing_on("cupy"):
+        return case.run(**kwargs)
+
+
+_SPIN = """
+extern "C" __global__ void spin(long long nanoseconds) {
+    long long start, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+    do {
+        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    } while (now - start < nanoseconds);
+}
+"""
+
+
+def spin(seconds):
+    """Keep the current stream busy, and the host not."""
+    cupy.RawKernel(_SPIN, "spin")((1,), (1,), (np.int64(seconds * 1e9),))
+
+
+# ---------------------------------------------------------------- the helpers
+
+
+def test_copies_on_the_device_lie_as_the_arrays_do(rng):
+    x = rng.standard_normal((3, 4, 5)).astype(np.float32)
+    odd = np.zeros(x.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(x.shape)
+    odd[...] = x
+    arrays = {
+        "plain": x, "flipped": x[::-1, :, ::-2], "columns": x.T, "unaligned": odd, "none": x[:0],
+        "spread": np.broadcast_to(x[0, 0], (7, 5)), "bool": x[1:] > 0, "scalar": np.array(3.0),
+        "bfloat16": x.astype(DTYPES["bfloat16"])[:, 1:], "int": np.arange(7)[::-1],
+    }  # fmt: skip
+    copies = to_device(arrays)
+    for name, array in arrays.items():
+        assert type(copies[name]) is cupy.ndarray
+        if array.size:
+            assert copies[name].strides == array.strides, name
+            assert (copies[name].data.ptr - array.ctypes.data) % 16 == 0, name
+        back = to_host(copies[name])
+        assert (back.shape, back.dtype, bits(back)) == (array.shape, array.dtype, bits(array))
+        assert back.strides == array.strides or not array.size, name
+    shared = arrays["columns"].ctypes.data - x.ctypes.data
+    assert copies["columns"].data.ptr - copies["plain"].data.ptr == shared
+
+
+def test_a_call_that_writes_where_it_may_not_is_noticed(gpu):
+    x, result = np.ones((2, 3), np.float32), np.ones(4, np.float32)
+
+    def beside(x):
+        cupy.ndarray((1,), x.dtype, x.data + x.nbytes).fill(5)
+
+    def beside_result(x):
+        beside(cupy.empty(1, x.dtype))
+
+    for wrong in (lambda x: x.fill(5), beside, beside_result):
+        with pytest.raises(AssertionError, match="was written"):
+            call(wrong, x)
+    call(lambda x, out: out.fill(5), x, out=result)
+    assert (result == 5).all()
+    assert np.isnan(call(lambda: cupy.empty(4, np.float32))).all()
+
+
+# ---------------------------------------------------------------- the CPU and the GPU
+
+
+@pytest.mark.parametrize(
+    "name", ["none", "lower_right", "sinks_of_dead_rows", "dropout", "everything"]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cpu_and_the_gpu_agree(dtype, name, rng):
+    case = option_case(rng, DTYPES[dtype], name)
+    assert_targets_agree(on_gpu(case), case.run())
+
+
+@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cpu_and_the_gpu_agree_on_random_problems(dtype, number):
+    """Both keep to the oracle, and have the same rows dead."""
+    case = draw_case(number, dtype)
+    on_the_cpu = case.check()
+    with computing_on("cupy"):
+        on_the_gpu = case.check()
+    assert on_the_cpu.keys() == on_the_gpu.keys()
+    assert_same_bits(on_the_gpu["lse"] == -inf, on_the_cpu["lse"] == -inf)
+
+
+# ---------------------------------------------------------------- dropout
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.999])
+@pytest.mark.parametrize(("Lq", "Lk"), [(40, 60), (1, 64), (64, 33)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_drops_the_pairs_that_it_should(dtype, Lq, Lk, dropout_p, gpu):
+    """Every pair counts alike, and v and dout are the identity: out and dv show what is kept."""
+    dtype, lead, H, seed = DTYPES[dtype], (2, 2), 4, 0xDEADBEEF_12345678
+    keep = dropout_keep(seed, dropout_p, 4, H, Lq, Lk).reshape(*lead, H, Lq, Lk)
+    options = dict(dropout_p=dropout_p, seed=seed)
+
+    def zeros(heads, *shape):
+        return np.zeros((*lead, heads, *shape), dtype)
+
+    q, k, v = zeros(H, Lq, 8), zeros(2, Lk, 8), zeros(2, Lk, Lk) + np.eye(Lk, dtype=dtype)
+    out = call(attention_forward, q, k, v, **options).out
+    np.testing.assert_array_equal(out != 0, keep)
+
+    k, v, dout = zeros(H, Lk, 8), zeros(H, Lk, Lq), zeros(H, Lq, Lq) + np.eye(Lq, dtype=dtype)
+    out, lse = call(attention_forward, q, k, v, **options)
+    dv = call(attention_backward, dout, q, k, v, out, lse, wrt="v", **options).dv
+    np.testing.assert_array_equal(dv != 0, keep.swapaxes(-1, -2))
+
+
+def test_dropout_of_a_long_row(gpu):
+    """Keys that are shared out among blocks are counted from the row's first."""
+    Lk, seed = 20_000, 3
+    keep = dropout_keep(seed, 0.5, 1, 2, 1, Lk)[0]
+    q, k = np.zeros((2, 1, 8), np.float32), np.zeros((2, Lk, 8), np.float32)
+    for start in (0, 1000, 9_990, Lk - 32):
+        v = np.zeros((2, Lk, 32), np.float32)
+        v[:, start : start + 32] = np.eye(32)
+        out = call(attention_forward, q, k, v, dropout_p=0.5, seed=seed).out
+        np.testing.assert_array_equal(out != 0, keep[..., start : start + 32])
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+@pytest.mark.parametrize("seed", [0, 7, 2**63, 2**64 - 1])
+def test_a_seed_on_the_device(seed, shape, rng):
+    case = option_case(rng, np.float32, "dropout").with_(seed=seed)
+    given = on_device(case).with_(seed=to_device(np.full(shape, seed, np.uint64)))
+    assert_same_bits(to_host(given.run()), on_gpu(case))
+
+
+# ---------------------------------------------------------------- integers on the device
+
+
+def lengths_case(rng, **options):
+    return make_case(rng, np.float32, lead=(2, 3), Hq=4, Hkv=2, Lq=37, Lk=70, D=24, **options)
+
+
+@pytest.mark.parametrize("integer", ["int64", "int32", "uint16", "int8"])
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (2, 3)], ids=str)
+def test_lengths_on_the_device(shape, integer, rng):
+    q_lens, kv_lens = rng.integers(0, 38, shape), rng.integers(0, 71, shape)
+    case = lengths_case(rng, is_causal=True, causal_offset="lower_right")
+    on_host = case.with_(q_lens=q_lens.tolist(), kv_lens=kv_lens.tolist())
+    arrays = (np.asarray(x).astype(integer) for x in (q_lens, kv_lens))
+    given = dict(zip(("q_lens", "kv_lens"), to_device(tuple(arrays))))
+    assert_same_bits(to_host(on_device(case).with_(**given).run()), on_gpu(on_host))
+
+
+@pytest.mark.parametrize("offset", [0, 5, "lower_right"])
+def test_lengths_beyond_their_axis_are_clamped(offset, rng):
+    """On the device they are not checked, for that would have to wait."""
+    case = lengths_case(rng, is_causal=True, causal_offset=offset)
+    far = np.array([[-1, 71, 2**40], [-(2**63), 2**63 - 1, 38]])
+    given = to_device(dict(q_lens=far, kv_lens=far[::-1]))
+    clamped = case.with_(q_lens=far.clip(0, 37), kv_lens=far[::-1].clip(0, 70))
+    assert_same_bits(to_host(on_device(case).with_(**given).run()), on_gpu(clamped))
+
+
+@pytest.mark.parametrize("lengths", ["q_lens", "kv_lens"])
+def test_one_of_the_lengths_on_the_device(lengths, rng):
+    case = lengths_case(rng, is_causal=True, causal_offset="lower_right")
+    values = rng.integers(0, 37, (2, 3))
+    given = on_device(case).with_(**{lengths: to_device(values)})
+    assert_same_bits(to_host(given.run()), on_gpu(case.with_(**{lengths: values.tolist()})))
+
+
+def test_offsets_and_segments_on_the_device_and_on_the_host(rng):
+    case = lengths_case(rng, is_causal=True, window_size=(30, 9))
+    options = dict(
+        causal_offset=rng.integers(-9, 40, (2, 3)), q_segment_ids=np.arange(37) // 30,
+        kv_segment_ids=np.sort(rng.integers(0, 3, (2, 1, 70))),
+    )  # fmt: skip
+    expected = on_gpu(case.with_(**options))
+    on_host = {name: x.tolist() for name, x in options.items()}
+    assert_same_bits(on_gpu(case.with_(**on_host)), expected)
+    assert_same_bits(to_host(on_device(case).with_(**options).run()), expected)
+    strided = {name: np.repeat(x, 2, axis=-1)[..., ::2] for name, x in options.items()}
+    assert_same_bits(on_gpu(case.with_(**strided)), expected)
+
+
+# ---------------------------------------------------------------- the same bits
+
+
+def busy_case(rng, dtype, name):
+    """Enough blocks to fill a GPU several times."""
+    sizes, options = {
+        "prefill": (dict(lead=(4,), Hq=16, Hkv=4, Lq=500, Lk=700, D=64), dict(is_causal=True)),
+        "decode": (dict(lead=(3,), Hq=16, Hkv=2, Lq=1, Lk=9000, D=64), {}),
+        "few_heads": (dict(Hq=2, Hkv=1, Lq=1500, Lk=1100, D=64), dict(window_size=(400, 400))),
+        "general": (
+            dict(lead=(4,), Hq=8, Hkv=2, Lq=300, Lk=500, D=64),
+            dict(
+                bias=rng.standard_normal((8, 1, 500)), sinks=rng.random(8), softcap=3.0,
+                alibi_slopes=rng.random(8) / 50, dropout_p=0.1, seed=4,
+                attn_mask=rng.random((300, 500)) < 0.9,
+            ),
+        ),
+    }[name]  # fmt: skip
+    return on_device(make_case(rng, dtype, **sizes, **options))
+
+
+BUSY = ["prefill", "decode", "few_heads", "general"]
+
+
+@pytest.mark.parametrize("name", BUSY)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_300_runs_give_the_same_bits(dtype, name, rng):
+    case = busy_case(rng, DTYPES[dtype], name)
+    expected, differ = case.run(), cupy.zeros((), bool)
+    for _ in range(300):
+        for result, x in case.run().items():
+            words = (y.view(f"u{y.itemsize}") for y in (x, expected[result]))
+            differ |= cupy.not_equal(*words).any()
+    assert not differ
+
+
+@pytest.mark.parametrize("name", ["decode", "few_heads", "bias_of_keys", "everything"])
+def test_without_determinism_gradients_are_as_exact(name, rng):
+    draw = busy_case if name in BUSY else lambda *args: on_device(option_case(*args))
+    case = draw(rng, DTYPES["float16"], name)
+    out, lse = case.forward()
+    grads = to_host(case.backward(out, lse, deterministic=False))
+    arrays = to_host((case.dout, case.q, case.k, case.v, out, lse))
+    options = to_host(dict(case.options, dlse=case.dlse))
+    assert_gradients(*arrays, grads, wrt=case.wrt, **options)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 3000), (1, 20), (4, 900), (70, 300), (300, 500)],
+    ids=lambda shape: "Lq{}-Lk{}".format(*shape),
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_entries_of_a_large_batch_have_the_bits_that_they_have_alone(dtype, shape, rng):
+    """No split of keys and no tile is chosen by how much else there is to do."""
+    Lq, Lk = shape
+    case = on_device(
+        make_case(
+            rng, DTYPES[dtype], lead=(60,), Hq=8, Hkv=4, Lq=Lq, Lk=Lk, D=64, is_causal=True,
+            causal_offset="lower_right",
+        )
+    )  # fmt: skip
+    expected = to_host(case.run())
+    arrays = case.q, case.k, case.v, case.dout, case.dlse
+    for entries in (np.s_[:1], np.s_[37:38], np.s_[10:50]):
+        part = Case(*(x[entries] for x in arrays), options=case.options).run()
+        assert_same_bits(to_host(part), {name: x[entries] for name, x in expected.items()})
+    for head in (0, 3):
+        of_q, of_kv = np.s_[5:6, 2 * head : 2 * head + 2], np.s_[5:6, head : head + 1]
+        where = dict.fromkeys(expected, of_q) | dict(dk=of_kv, dv=of_kv)
+        part = Case(*(x[at] for x, at in zip(arrays, (of_q, of_kv, of_kv, of_q, of_q))))
+        part = to_host(part.with_(**case.options).run())
+        assert_same_bits(part, {name: x[where[name]] for name, x in expected.items()})
+
+
+# ---------------------------------------------------------------- streams and threads
+
+
+def functions(rng, name):
+    """A function of nothing that calls public functions with CuPy arrays, and gives a dict."""
+    if name in OPTIONS:
+        return on_device(option_case(rng, DTYPES["float16"], name)).run
+    scores = to_device(rng.standard_normal((4, 50, 60)).astype(np.float32))
+    states = to_device(tuple(rng.standard_normal((4, 50, 60)[:n]) for n in (3, 2, 3, 2)))
+    if name == "safe_softmax":
+        return lambda: {
+            "probs": (probs := safe_softmax(scores)),
+            "dscores": safe_softmax_backward(scores, probs),
+        }
+    return lambda: merge_attention_states(*states)._asdict()
+
+
+FUNCTIONS = [
+    "none", "causal", "float_mask", "bias", "all_lens", "causal_offsets", "segments", "dropout",
+    "sinks_of_dead_rows", "everything", "safe_softmax", "merge_attention_states",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_call_waits_for_the_gpu(name, rng):
+    function = functions(rng, name)
+    cupy.cuda.Device().synchronize()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        for _ in range(3):  # compiles, loads the kernels, and has memory in the pool
+            expected = function()
+        spin(0)
+        expected = to_host(expected)
+        spin(0.5)
+        results = function()
+        assert not stream.done
+        assert_same_bits(to_host(results), expected)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_calls_run_on_the_current_stream(name, rng):
+    """After what that stream was given before them, whatever the default stream does."""
+    if name in OPTIONS:
+        case = on_device(option_case(rng, DTYPES["float32"], name))
+        function, x = case.run, case.q
+    else:
+        x = to_device(rng.standard_normal((4, 50, 60)).astype(np.float32))
+        others = to_device(tuple(rng.standard_normal((4, 50, 60)[:n]) for n in (2, 3, 2)))
+
+        def function():
+            if name == "safe_softmax":
+                return {"probs": safe_softmax(x)}
+            return merge_attention_states(x, *others)._asdict()
+
+    expected, content = to_host(function()), x.copy()
+    x.fill(nan)
+    default = cupy.cuda.get_current_stream()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        cupy.copyto(x, x)
+        function()
+        cupy.cuda.Device().synchronize()
+        spin(0.2)
+        cupy.copyto(x, content)
+        assert_same_bits(to_host(function()), expected)
+        with default:
+            spin(1)
+        results = to_host(function())
+        assert stream.done and not default.done
+        assert_same_bits(results, expected)
+    default.synchronize()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own_streams", "one_stream"])
+def test_calls_of_many_python_threads(own, rng):
+    names = ["none", "causal", "everything", "all_lens", "bias", "dropout", "sinks", "softcap"]
+    cases = [
+        on_device(option_case(rng, dtype, name))
+        for name, dtype in zip(names, [*DTYPES.values(), *DTYPES.values()])
+    ]
+    barrier, default = threading.Barrier(len(cases), timeout=60), cupy.cuda.get_current_stream()
+    cupy.cuda.Device().synchronize()
+
+    def work(case):
+        with cupy.cuda.Stream(non_blocking=True) if own else default:
+            barrier.wait()
+            return [to_host(case.run()) for _ in range(20)]
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        results = list(pool.map(work, cases))
+    for case, runs in zip(cases, results):
+        expected = to_host(case.run())
+        for actual in runs:
+            assert_same_bits(actual, expected)
+
+
+# ---------------------------------------------------------------- graphs
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(
+    "name",
+    ["none", "causal", "lower_right", "all_lens", "float_mask", "bias", "sinks", "causal_offsets",
+     "segments", "dropout", "everything"],
+)  # fmt: skip
+def test_a_graph_is_replayed_with_other_contents(name, dtype, rng):
+    """Its memory is that of a pool that no one else allocates from."""
+    first, other = (option_case(rng, DTYPES[dtype], name) for _ in range(2))
+    if name in ("all_lens", "causal_offsets"):  # arrays may change, lists are the graph's own
+        for case in (first, other):
+            for option, x in case.options.items():
+                if isinstance(x, list):
+                    x = rng.integers(0, 37, 2) if case is other else np.array(x)
+                    case.options[option] = x
+    elif name == "dropout":
+        for seed, case in enumerate((first, other)):
+            case.options["seed"] = np.full(1, seed, np.uint64)
+    pool = cupy.cuda.MemoryPool()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        with cupy.cuda.using_allocator(pool.malloc):
+            case = on_device(first)
+            case.run()
+            stream.begin_capture()
+            try:
+                results = case.run()
+            finally:
+                graph = stream.end_capture()
+        case_of_other = on_device(other)
+        expected = to_host(case_of_other.run())
+        litter = [cupy.full(n << 16, nan) for n in range(1, 9)]
+        del litter[::2]
+        before, after = (
+            (x.q, x.k, x.v, x.dout, x.dlse, *x.options.values()) for x in (case, case_of_other)
+        )
+        for x, y in zip(before, after):
+            if isinstance(x, cupy.ndarray):
+                cupy.copyto(x, y)
+        for _ in range(2):
+            graph.launch()
+            assert_same_bits(to_host(results), expected)
+
+
+def test_a_graph_holds_lengths_that_were_given_by_the_host(rng):
+    """In lists, which are no one's memory when the graph is replayed."""
+    case = option_case(rng, np.float32, "all_lens")
+    expected = on_gpu(case)
+    pool = cupy.cuda.MemoryPool()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        with cupy.cuda.using_allocator(pool.malloc):
+            case = on_device(case)
+            case.run()
+            stream.begin_capture()
+            try:
+                results = case.run()
+            finally:
+                graph = stream.end_capture()
+        for fill in (1, 2):  # goes through the memory that copies from the host use
+            on_device(case.with_(q_lens=[fill, fill + 1], kv_lens=[fill, 3])).run()
+        graph.launch()
+        assert_same_bits(to_host(results), expected)
+
+
+# ---------------------------------------------------------------- sizes
+
+
+# (D, Dv), each with one dtype: kernels are compiled for each class of sizes.
+HEAD_SIZES = [
+    (1, 300), (300, 1), (7, 33), (33, 7), (48, 72), (72, 48), (100, 130), (130, 100), (160, 160),
+    (200, 64), (64, 200), (257, 80), (80, 257), (300, 300), (64, 512), (512, 64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "D", "Dv"),
+    [(dtype, *sizes) for dtype, sizes in zip(itertools.cycle(DTYPES), HEAD_SIZES)],
+)
+def test_head_sizes(dtype, D, Dv, rng, gpu):
+    make_case(rng, DTYPES[dtype], Hq=2, Hkv=1, Lq=40, Lk=75, D=D, Dv=Dv, is_causal=True).check()
+
+
+@pytest.mark.parametrize(
+    ("group", "Lk"),
+    [(2, 1), (3, 2), (4, 63), (5, 64), (7, 65), (8, 255), (8, 1000), (12, 4097), (16, 5000),
+     (1, 20_000), (2, 12_345)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoding(dtype, group, Lk, rng, gpu):
+    """One query per head, its keys shared out among blocks, and heads of a group together."""
+    case = make_case(rng, DTYPES[dtype], lead=(2,), Hq=group, Hkv=1, Lq=1, Lk=Lk, D=64)
+    case.with_(kv_lens=[Lk, Lk // 3]).check()
+
+
+def test_more_blocks_than_a_grid_is_high(rng, gpu):
+    sizes = dict(Lq=2, Lk=3, D=4)
+    options = dict(dropout_p=0.3, seed=1)
+    make_case(rng, np.float32, lead=(65_537,), Hq=1, **sizes, **options).check()
+    make_case(rng, np.float32, Hq=65_540, Hkv=32_770, **sizes, sinks=np.ones(65_540)).check()
+    make_case(rng, np.float16, lead=(300,), Hq=300, Hkv=300, **sizes).check()
+
+
+def test_leading_axes_that_do_not_collapse(rng, gpu):
+    """Ten of them, in an order that no two share a stride."""
+    lead = (2,) * 10
+    spread = tuple(n if axis % 2 else 1 for axis, n in enumerate(lead))
+    case = make_case(
+        rng, np.float32, lead=lead, Hq=2, Hkv=1, Lq=3, Lk=4, D=4, is_causal=True,
+        bias=rng.standard_normal((*lead, 2, 3, 4)), attn_mask=rng.random((*spread, 1, 3, 4)) < 0.8,
+        kv_lens=rng.integers(0, 5, spread), q_segment_ids=rng.integers(0, 2, (*lead, 3)),
+        kv_segment_ids=rng.integers(0, 2, (*spread, 4)), causal_offset=rng.integers(0, 3, lead),
+    )  # fmt: skip
+    expected = case.check()
+
+    def scattered(x):
+        order = (*range(0, 10, 2), *range(1, 10, 2)[::-1], *range(10, x.ndim))
+        return np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
+
+    options = {
+        name: scattered(x) if isinstance(x, np.ndarray) else x for name, x in case.options.items()
+    }
+    arrays = map(scattered, (case.q, case.k, case.v, case.dout, case.dlse))
+    assert_same_bits(Case(*arrays, options=options).run(), expected)
+
+
+@pytest.mark.slow
+def test_more_than_2_31_elements_of_k(memory, rng):
+    """Zeros but for a few keys: the others together are one key, with the log of their number."""
+    n, D = 2**25 + 3, 80
+    needs(memory, 34 * GiB)
+    few = make_case(rng, np.float16, lead=(1,), Hq=1, Lq=3, Lk=5, D=D, scale=2.0)
+    few.k[..., 4, :] = few.v[..., 4, :] = 0
+    places = [5, 2**31 // D - 1, 2**31 // D + 1, n - 1]
+    k, v = (cupy.zeros((1, 1, n, D), np.float16) for _ in "kv")
+    for row, place in enumerate(places):
+        k[0, 0, place], v[0, 0, place] = to_device((few.k[0, 0, row], few.v[0, 0, row]))
+    case = on_device(few).with_(k=k, v=v)
+    results = case.run()
+    few = few.with_(bias=np.array([0, 0, 0, 0, np.log(n - 4)]))
+    out, lse = reference_forward(few.q, few.k, few.v, **few.options)
+    expected = reference_backward(
+        few.dout, few.q, few.k, few.v, out, lse, dlse=few.dlse, **few.options
+    )
+    np.testing.assert_allclose(to_host(results["lse"]), lse, atol=1e-3)
+    for name, x in (("out", out), ("dq", expected.dq)):
+        actual = to_host(results[name]).astype(np.float64)
+        np.testing.assert_allclose(actual, x, atol=4e-3 * abs(x).max(), err_msg=name)
+    for name, x in (("dk", expected.dk), ("dv", expected.dv)):
+        for row, place in enumerate(places):
+            actual = to_host(results[name][0, 0, place]).astype(np.float64)
+            np.testing.assert_allclose(
+                actual, x[0, 0, row], atol=4e-3 * abs(x[..., :4, :]).max(), err_msg=name
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, -1], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("axis", [-1, -2, -3, -4], ids=["columns", "rows", "heads", "batch"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_neighbours_are_far_apart(axis, step, dtype, memory, rng):
+    """2^31 elements and more, in all inputs and in out and lse."""
+    case = make_case(
+        rng, DTYPES[dtype], lead=(2,), Hq=2, Lq=2, Lk=2, D=2, Dv=2,
+        attn_mask=rng.random((2, 2, 2, 2)) < 0.8,
+        bias=rng.standard_normal((2, 2, 2, 2)).astype(DTYPES[dtype]),
+    )  # fmt: skip
+    expected = on_gpu(case)
+    apart = (2**31 + 9) * 4
+    needs(memory, apart + GiB)
+    storage = cupy.cuda.alloc(apart + MiB)
+    slots = itertools.count(0, 1024)
+
+    def placed(x):
+        """x at a place of its own, its axis stretched over the storage."""
+        strides = list(np.empty_like(x).strides)
+        first = next(slots)
+        if x.ndim >= -axis:
+            strides[axis] = step * (2**31 + 9) * x.itemsize
+            first += (2**31 + 9) * x.itemsize if step < 0 else 0
+        there = cupy.ndarray(x.shape, x.dtype, storage + first, tuple(strides))
+        for at in np.ndindex(*x.shape[:-1]):
+            for column in range(x.shape[-1]):
+                one = (*at, slice(column, column + 1))
+                cupy.copyto(there[one], to_device(x[one]))
+        return there
+
+    arrays = map(placed, (case.q, case.k, case.v, case.dout, case.dlse))
+    options = {name: placed(x) for name, x in case.options.items()}
+    far = Case(*arrays, options=options)
+    out, lse = (placed(np.zeros_like(expected[name])) for name in ("out", "lse"))
+    far.forward(out=(out, lse))
+    results = dict(out=out, lse=lse, **far.backward(out, lse)._asdict())
+    for name, x in expected.items():
+        compact = cupy.empty(x.shape, x.dtype)
+        for at in np.ndindex(*x.shape[:-1]):
+            for column in range(x.shape[-1]):
+                one = (*at, slice(column, column + 1))
+                cupy.copyto(compact[one], results[name][one])
+        assert_same_bits(to_host(compact), x, name)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def grown(function):
+    """The bytes that a call takes from CUDA, all of its results among them."""
+    function()  # and with it, what is kept between calls
+    pool = cupy.cuda.MemoryPool()
+    with cupy.cuda.using_allocator(pool.malloc):
+        results = function()
+        total = pool.total_bytes()
+        del results
+    cupy.cuda.Device().synchronize()
+    return total
+
+
+MEMORY = {  # sizes and options
+    "prefill": (dict(Hq=4, Lq=8192, Lk=8192, D=64), dict(is_causal=True)),
+    "wide": (dict(Hq=2, Lq=8192, Lk=8192, D=256), {}),
+    "walked": (dict(Hq=2, Lq=8192, Lk=8192, D=300, Dv=320), {}),
+    "gqa": (dict(Hq=8, Hkv=2, Lq=4096, Lk=4096, D=128), {}),
+    "decode": (dict(lead=(4,), Hq=16, Hkv=2, Lq=1, Lk=30_000, D=128), {}),
+    "few_keys": (dict(Hq=2, Lq=100_000, Lk=64, D=64), {}),
+    "few_rows": (dict(Hq=2, Lq=64, Lk=100_000, D=64), {}),
+    "lens": (dict(lead=(2,), Hq=2, Lq=4096, Lk=4096, D=64), dict(kv_lens=[5, 4096])),
+    "broadcast_masks": (
+        dict(Hq=2, Lq=8192, Lk=8192, D=32),
+        dict(
+            attn_mask=np.ones(8192, bool), bias=np.zeros((1, 8192, 1), np.float16), softcap=5.0,
+            alibi_slopes=np.ones(2, np.float32), dropout_p=0.5, seed=3, q_segment_ids=0,
+            kv_segment_ids=np.zeros(8192, int), sinks=np.ones(2),
+        ),
+    ),
+    "bias_of_keys": (
+        dict(lead=(2,), Hq=4, Lq=8192, Lk=4096, D=32), dict(bias=np.zeros((4, 1, 4096)))
+    ),
+    "bias_of_all": (dict(lead=(2,), Hq=4, Lq=8192, Lk=4096, D=32), dict(bias=np.zeros(()))),
+    "full_bias": (dict(Hq=2, Lq=4096, Lk=4096, D=32), dict(bias=np.zeros((1, 4096, 4096), "f2"))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_memory_is_linear(dtype, name, memory, rng):
+    """Promise 5: one array like dq, like dk and dv under GQA, rows, and partial results of splits.
+
+    Where Lq and Lk are both large, all scores, in float16, would be more than that.
+    """
+    sizes, options = MEMORY[name]
+    case = on_device(make_case(rng, DTYPES[dtype], **sizes, **options))
+    out, lse = case.forward()
+    acc = lse.itemsize
+
+    rows = 8 * lse.nbytes + MiB
+    splits = 32 * MiB + case.k.nbytes
+    used, allowed = grown(case.forward), out.nbytes + lse.nbytes + rows + splits
+    assert used <= allowed, f"forward: {used / MiB:.1f} MiB, allowed {allowed / MiB:.1f}"
+
+    results = [x for x in case.backward(out, lse) if x is not None]
+    allowed = sum(x.nbytes for x in results) + rows + splits + acc * case.q.size
+    if sizes.get("Hkv"):
+        allowed += acc * (case.k.size + case.v.size)
+    del results
+    used = grown(lambda: case.backward(out, lse))
+    assert used <= allowed, f"backward: {used / MiB:.1f} MiB, allowed {allowed / MiB:.1f}"
+
+
+class Failing:
+    """An allocator that has memory for so many requests."""
+
+    def __init__(self, pool, requests):
+        self.pool, self.left = pool, requests
+
+    def __call__(self, size):
+        if not self.left:
+            raise cupy.cuda.memory.OutOfMemoryError(size, self.pool.total_bytes())
+        self.left -= 1
+        return self.pool.malloc(size)
+
+
+@pytest.mark.parametrize("name", ["none", "all_lens", "everything"])
+def test_a_failed_allocation_is_cupys_error_and_leaks_nothing(name, rng):
+    """Whichever allocation it is."""
+    case = on_device(option_case(rng, DTYPES["float16"], name))
+    expected = to_host(case.run())
+    pool = cupy.cuda.MemoryPool()
+    for requests in itertools.count():
+        try:
+            with cupy.cuda.using_allocator(Failing(pool, requests)):
+                results = case.run()
+            break
+        except cupy.cuda.memory.OutOfMemoryError as error:
+            assert isinstance(error, MemoryError) and str(error)
+        gc.collect()
+        assert pool.used_bytes() == 0, f"after {requests} requests"
+    assert requests >= 5  # out, lse, dq, dk, dv
+    assert_same_bits(to_host(results), expected)
+
+
+def test_more_memory_than_there_is(rng):
+    case = on_device(make_case(rng, np.float16, Hq=1, Lq=1, Lk=3, D=8))
+    q = cupy.broadcast_to(case.q, (2**20, 1, 1, 8))
+    k, v = (cupy.broadcast_to(x, (2**20, 1, 3, 8)) for x in (case.k, case.v))
+    pool = cupy.cuda.MemoryPool()
+    pool.set_limit(size=MiB)
+    with cupy.cuda.using_allocator(pool.malloc):
+        with pytest.raises(cupy.cuda.memory.OutOfMemoryError):
+            attention_forward(q, k, v)
+        gc.collect()
+        assert pool.used_bytes() == 0
+        few = attention_forward(q[:9], k[:9], v[:9]).out
+    alone = case.with_(q=q[0], k=k[0], v=v[0]).forward().out
+    assert_same_bits(to_host(few[8]), to_host(alone))
+
+
+# ---------------------------------------------------------------- devices and other libraries
+
+
+@pytest.fixture
+def second_device():
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("this machine has one GPU")
+    return cupy.cuda.Device(1)
+
+
+@pytest.mark.parametrize("moved", ["k", "v", "attn_mask", "sinks", "kv_lens", "out"])
+def test_arrays_of_two_devices_are_refused(moved, second_device, rng):
+    case = on_device(
+        option_case(rng, np.float32, "everything").with_(kv_lens=np.array([60, 70]))
+    )  # fmt: skip
+    given = dict(case.options, q=case.q, k=case.k, v=case.v, out=cupy.empty_like(case.dout))
+    with second_device:
+        given[moved] = given[moved].copy()
+    with pytest.raises(TypeError, match=moved):
+        attention_forward(**given)
+
+
+def test_the_device_of_the_arrays_need_not_be_the_current_one(second_device, rng):
+    case = option_case(rng, np.float32, "everything")
+    expected = on_gpu(case)
+    with second_device:
+        elsewhere = on_device(case)
+        cupy.cuda.Device().synchronize()
+    results = elsewhere.run()
+    assert all(x.device == second_device for x in results.values())
+    with second_device:
+        cupy.cuda.Device().synchronize()
+        assert_same_bits(to_host(results), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_of_pytorch_give_cupy_arrays(dtype, rng):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA device")
+    case = option_case(rng, DTYPES[dtype], "everything")
+    expected = on_gpu(case)
+
+    def tensor(x):
+        if not isinstance(x, np.ndarray):
+            return x
+        if x.dtype == DTYPES["bfloat16"]:
+            return torch.from_numpy(x.view(np.int16).copy()).cuda().view(torch.bfloat16)
+        return torch.from_numpy(np.ascontiguousarray(x)).cuda()
+
+    options = {name: tensor(x) for name, x in case.options.items()}
+    given = Case(*map(tensor, (case.q, case.k, case.v, case.dout, case.dlse)), options=options)
+    torch.cuda.synchronize()
+    results = given.run()
+    assert all(type(x) is cupy.ndarray for x in results.values())
+    assert_same_bits(to_host(results), expected)
+
+
+# ---------------------------------------------------------------- kernel families
+
+
+def check_some(family):
+    """Problems of every dtype, plain and with all options, in a process with this family."""
+    rng = np.random.default_rng(0)
+    with computing_on("cupy"):
+        for dtype, name in itertools.product(DTYPES.values(), ["lower_right", "everything"]):
+            option_case(rng, dtype, name).check()
+        make_case(rng, np.float16, Hq=8, Hkv=2, Lq=1, Lk=3000, D=128).check()
+        make_case(rng, np.float32, Hq=2, Hkv=1, Lq=70, Lk=90, D=300, Dv=8).check()
+    print(family)
+
+
+def test_every_family_that_runs_here_keeps_to_the_oracle():
+    from fastattn._gpu import config
+
+    capability = int(cupy.cuda.Device().compute_capability)
+    runnable = [name for name, oldest in config.FAMILIES.items() if oldest <= capability]
+    for family in runnable:
+        code = f"import test_gpu_device as m; m.check_some({family!r})"
+        done = run_python(code, timeout=400, FASTATTN_GPU_ARCH=family)
+        assert done.split() == [family]
+
+
+def test_an_unknown_family_is_refused_and_the_names_are_listed():
+    from fastattn._gpu import config
+
+    code = """
+        import cupy
+        import fastattn
+        q = cupy.zeros((1, 2, 3))
+        try:
+            fastattn.scaled_dot_product_attention(q, q, q)
+        except ValueError as error:
+            print(error)
+    """
+    message = run_python(code, FASTATTN_GPU_ARCH="sm_1")
+    assert "FASTATTN_GPU_ARCH" in message and "sm_1" in message
+    assert all(name in message for name in config.FAMILIES)
+
+
+# ---------------------------------------------------------------- the other public functions
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_safe_softmax(dtype, rng, gpu):
+    scores, dprobs = (rng.standard_normal((2, 5, 7, 9)) * 4).astype(DTYPES[dtype])
+    scores[1] = scores[2, 3] = scores[:, 0, 2] = -inf
+    dprobs[1] = nan
+    results = []
+    for target in ("numpy", "cupy"):
+        with computing_on(target):
+            probs = call(safe_softmax, scores, axis=-1)
+            results.append((probs, call(safe_softmax_backward, dprobs, probs, axis=-1)))
+    for cpu, other in zip(*results):
+        assert other.dtype == cpu.dtype and (other[1] == 0).all() and (other[2, 3] == 0).all()
+        close = {2: 2e-2, 4: 1e-5, 8: 1e-13}[cpu.itemsize]
+        np.testing.assert_allclose(*(x.astype(np.float64) for x in (other, cpu)), atol=close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge_attention_states(dtype, rng, gpu):
+    """Blocks of keys are the whole; an empty state is neutral and not read."""
+    case = make_case(rng, DTYPES[dtype], lead=(2,), Hq=4, Hkv=2, Lq=9, Lk=70, D=16)
+    whole = case.forward()
+    halves = [
+        case.with_(k=case.k[..., keys, :], v=case.v[..., keys, :]).forward()
+        for keys in (np.s_[:33], np.s_[33:])
+    ]
+    merged = call(merge_attention_states, *halves[0], *halves[1])
+    for actual, expected in zip(merged, whole):
+        close = {2: 2e-2, 4: 1e-5, 8: 1e-13}[actual.itemsize]
+        np.testing.assert_allclose(*(x.astype("f8") for x in (actual, expected)), atol=close)
+    empty = np.full_like(whole.out, nan), np.full_like(whole.lse, -inf)
+    for merged in (
+        call(merge_attention_states, *whole, *empty),
+        call(merge_attention_states, *empty, *whole),
+    ):
+        assert_same_bits(merged._asdict(), whole._asdict())
