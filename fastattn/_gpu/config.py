@@ -45,6 +45,19 @@ class Config(NamedTuple):
         return 32 * self.warps
 
     @property
+    def fast(self) -> bool:
+        """Whether benchmarks run it, so that its numbers have to stay in registers."""
+        sizes = (64, 128, 256) if DTYPES[self.tile_dtype] == 2 else (64, 128)
+        return (
+            self.kernel in ("forward", "backward_q", "backward_kv")
+            and not (self.general or self.walk)
+            and self.D == self.Dv
+            and self.D in sizes
+            and self.dtype != "float64"
+            and (self.family != "sm_75" or self.tile_dtype == "float16")  # others: no instruction
+        )
+
+    @property
     def tile_dtype(self) -> str:
         """What shared memory holds: Turing's matrix instructions know no bfloat16."""
         return "float32" if self.family == "sm_75" and self.dtype == "bfloat16" else self.dtype
@@ -67,7 +80,7 @@ class Config(NamedTuple):
             return 0
         row, row_v, acc = self.pitch(self.D), self.pitch(self.Dv), 8 if self.dtype == "float64" else 4
         rows, rows_v = {
-            "forward": (self.Br + self.Bc, self.Bc),
+            "forward": (self.Br + self.Bc * (1 if self.walk else 2), self.Bc),
             "backward_q": (self.Br + self.Bc * (1 if self.walk else 2), self.Br + self.Bc),
             "backward_kv": (self.Bc + self.Br * (1 if self.walk else 2), self.Br + self.Bc),
             "backward_bias": (self.Br + self.Bc, self.Br + self.Bc),
@@ -112,25 +125,30 @@ _TILES: dict[tuple[str, int], dict[int, tuple[tuple[int, int, int, int], ...]]] 
         256: ((64, 32, 4, 1),),
     },
     ("forward 128", 2): {
-        64: ((128, 64, 4, 2), (64, 64, 4, 2)),
-        128: ((64, 64, 4, 2),),
-        256: ((64, 32, 4, 1),),
+        64: ((128, 128, 4, 2), (128, 64, 4, 2), (64, 64, 4, 2)),
+        128: ((128, 64, 4, 2), (64, 64, 4, 2)),
+        256: ((128, 64, 8, 1), (64, 32, 4, 1)),
     },
     ("forward 16", 4): {128: ((16, 32, 1, 4),), 256: ((16, 16, 1, 2),)},
     ("forward 64", 4): {128: ((64, 32, 4, 2), (64, 16, 4, 1)), 256: ((64, 16, 4, 1),)},
+    ("forward 128", 4): {
+        64: ((128, 32, 4, 2), (64, 32, 4, 2)),
+        128: ((64, 32, 4, 2), (64, 16, 4, 1)),
+        256: ((64, 16, 4, 1),),
+    },
     ("forward 16", 8): {64: ((16, 32, 1, 4),), 128: ((16, 16, 1, 2),)},
     ("forward 64", 8): {64: ((64, 32, 4, 1),)},
     ("backward_q", 2): {
-        64: ((64, 64, 4, 2),),
-        128: ((64, 32, 4, 2),),
-        256: ((64, 32, 4, 1),),
+        64: ((128, 64, 4, 2), (64, 64, 4, 2)),
+        128: ((128, 32, 4, 2), (64, 32, 4, 2)),
+        256: ((128, 32, 8, 1), (64, 32, 4, 1)),
     },
     ("backward_q", 4): {64: ((64, 32, 4, 2),), 128: ((64, 16, 4, 1),)},
     ("backward_q", 8): {64: ((64, 16, 4, 1),)},
     ("backward_kv", 2): {
-        64: ((64, 64, 4, 2),),
-        128: ((32, 64, 4, 2),),
-        256: ((32, 64, 4, 1), (16, 64, 4, 1)),
+        64: ((32, 128, 4, 2), (64, 64, 4, 2)),
+        128: ((64, 64, 4, 2), (32, 64, 4, 2)),
+        256: ((32, 128, 8, 1), (32, 64, 4, 1), (16, 64, 4, 1)),
     },
     ("backward_kv", 4): {64: ((32, 64, 4, 2),), 128: ((16, 64, 4, 1),)},
     ("backward_kv", 8): {64: ((16, 64, 4, 1),)},
@@ -163,10 +181,14 @@ def choose(
             if (name, size) not in _TILES:
                 name = "forward 64"
         by_head = _TILES[name, size]
-        for tiles in next((t for head, t in by_head.items() if widest and widest <= head), ()):
-            config = Config(kernel, family, dtype, general, tile, tile_v, False, *tiles)
-            if config.shared_bytes <= limit:
-                return config
+        candidates = [
+            Config(kernel, family, dtype, general, tile, tile_v, False, *tiles)
+            for tiles in next((t for head, t in by_head.items() if widest and widest <= head), ())
+        ]
+        for together in (True, False):  # the first of which `blocks` fit at a time, else one
+            for config in candidates:
+                if config.shared_bytes * (config.blocks if together else 1) <= limit:
+                    return config
     tiles = _WALK[size].get(kernel, _WALK[size]["other"])
     return Config(kernel, family, dtype, general or kernel == "backward_bias", PIECE, PIECE, True, *tiles)
 

@@ -79,7 +79,8 @@ class Kernel(NamedTuple):
     raw: Any  # the RawKernel, which keeps the function loaded
 
 
-OPTIONS = ("--std=c++17", "-default-device")
+# No contraction by the compiler: what must round alike in two places says where an operation is fused.
+OPTIONS = ("--std=c++17", "-default-device", "--fmad=false")
 _kernels: dict[tuple[int, Config], Kernel] = {}
 _loading = threading.Lock()
 

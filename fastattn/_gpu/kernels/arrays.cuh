@@ -63,6 +63,7 @@ DEVICE void store_number(char* at, double x, i64 access, i64 kind) {
 // a matrix load lie in different banks.
 constexpr int pitch_of(int columns) { return columns + (sizeof(Tile) == 8 ? 4 : 16 / (int)sizeof(Tile)); }
 
+// Zeros if not valid, whatever `from` is: a copy of no bytes reads nothing.
 DEVICE void copy_16_bytes(void* to, const void* from, bool valid) {
 #if kArch >= 80
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -86,29 +87,49 @@ DEVICE void copies_wait() {
 // kRows rows of `width` columns of an array; everything else in the tile becomes zero. row_at(r)
 // gives the address of row r's first column, or null.
 template <int kRows, int kColumns, class RowAt>
-DEVICE void load_tile(Tile* tile, const Array& array, int width, RowAt row_at) {
-  constexpr int kChunk = 16 / sizeof(Tile), kChunks = kColumns / kChunk, kAll = kRows * kChunks;
-  if (sizeof(Elem) == sizeof(Tile) && array.access == kVectors) {
-#pragma unroll
-    for (int x = 0; x < (kAll + kThreads - 1) / kThreads; x++) {
-      const int chunk = x * kThreads + threadIdx.x;
-      if (kAll % kThreads && chunk >= kAll) break;
-      const int r = chunk / kChunks, c = chunk % kChunks * kChunk;
-      const char* row = row_at(r);
-      const bool valid = row && c < width;
-      copy_16_bytes(tile + r * pitch_of(kColumns) + c,
-                    valid ? row + c * (int)sizeof(Elem) : array.data, valid);
-    }
-  } else {
+DEVICE void load_rows(Tile* tile, const Array& array, int width, RowAt row_at) {
+  constexpr int kChunk = 16 / sizeof(Tile), kChunks = kColumns / kChunk;
+  const bool copies = sizeof(Elem) == sizeof(Tile) && array.access == kVectors;
 #pragma unroll 1
-    for (int x = threadIdx.x; x < kRows * kColumns; x += kThreads) {
-      const int r = x / kColumns, c = x % kColumns;
-      const char* row = row_at(r);
-      Elem value = {};
-      if (row && c < width) value = load<Elem>(row + c * array.column, array.access);
-      tile[r * pitch_of(kColumns) + c] = convert<Tile>(value);
+  for (int x = threadIdx.x; x < kRows * kChunks; x += kThreads) {
+    const int r = x / kChunks, c = x % kChunks * kChunk;
+    const char* const row = row_at(r);
+    Tile* const to = tile + r * pitch_of(kColumns) + c;
+    if (copies) {
+      const bool valid = row && c < width;
+      copy_16_bytes(to, row + c * (int)sizeof(Elem), valid);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kChunk; i++) {
+        Elem value = {};
+        if (row && c + i < width) value = load<Elem>(row + (c + i) * array.column, array.access);
+        to[i] = convert<Tile>(value);
+      }
     }
   }
+}
+
+// The same of rows that are a stride apart, `row` being the first and `rows` how many there are.
+template <int kRows, int kColumns>
+DEVICE void load_tile(Tile* tile, const Array& array, const char* row, int rows, int width) {
+  constexpr int kChunk = 16 / sizeof(Tile), kChunks = kColumns / kChunk;
+  if constexpr (sizeof(Elem) == sizeof(Tile) && kThreads % kChunks == 0 && kRows * kChunks % kThreads == 0) {
+    if (array.access == kVectors) {  // a thread's chunks are one below the other
+      constexpr int kStride = kThreads / kChunks;
+      const int r = threadIdx.x / kChunks, c = threadIdx.x % kChunks * kChunk;
+      const char* from = row + r * array.row + c * (int)sizeof(Elem);
+      Tile* const to = tile + r * pitch_of(kColumns) + c;
+      const int limit = c < width ? rows - r : 0;
+#pragma unroll
+      for (int x = 0; x < kRows / kStride; x++) {
+        const bool valid = x * kStride < limit;
+        copy_16_bytes(to + x * kStride * pitch_of(kColumns), from, valid);
+        from += kStride * array.row;
+      }
+      return;
+    }
+  }
+  load_rows<kRows, kColumns>(tile, array, width, [&](int r) { return r < rows ? row + r * array.row : nullptr; });
 }
 
 // What a tile's numbers become where a block is computed again; see forward.cu.

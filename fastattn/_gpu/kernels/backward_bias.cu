@@ -8,8 +8,8 @@
 
 constexpr int kM = kBr / (16 * kWarps), kN = kBc / 8, kPitch = kBc + 1;
 
-template <int kColumns>
-struct Columns { static constexpr int count = kColumns; };
+template <int kRows, int kColumns>
+struct Size { static constexpr int rows = kRows, columns = kColumns; };
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 backward_bias(const __grid_constant__ Params p) {
@@ -55,17 +55,9 @@ backward_bias(const __grid_constant__ Params p) {
     const int last = min_of(row0 + kBr, entry.q_len) - 1;
     if (row0 > last || max_of(first_key(entry, row0), key0) >= min_of(end_of_keys(entry, last), key0 + kBc)) continue;
     auto row_of = [&](int r) { return row0 + r < p.Lq ? Row{row0 + r, h} : Row{kFar, 0}; };
-    auto load_rows = [&](Tile* tile, const Array& array, int at, int width, auto size) {
-      const char* const base = array.at(b, h);
-      load_tile<kBr, decltype(size)::count>(tile, array, width - at, [&](int r) -> const char* {
-        return row0 + r < entry.q_len ? base + (row0 + r) * array.row + at * array.column : nullptr;
-      });
-    };
-    auto load_keys = [&](Tile* tile, const Array& array, int at, int width, auto size) {
-      const char* const base = array.at(b, kv_head);
-      load_tile<kBc, decltype(size)::count>(tile, array, width - at, [&](int r) -> const char* {
-        return key0 + r < entry.kv_len ? base + (key0 + r) * array.row + at * array.column : nullptr;
-      });
+    auto load = [&](auto size, Tile* to, const Array& array, int head, int row, int end, int at, int width) {
+      load_tile<decltype(size)::rows, decltype(size)::columns>(
+          to, array, array.at(b, head) + row * array.row + at * array.column, end - row, width - at);
     };
 
     Acc s[kM][kN][4], dp[kM][kN][4];
@@ -73,15 +65,32 @@ backward_bias(const __grid_constant__ Params p) {
     clear(dp);
     __syncthreads();
     fill_added(p, entry, added, kept, key0, row_of);
-    walk_rows<kD>(s, warp_q, sK, (int)p.D, [&](int at) { load_rows(sQ, p.q, at, (int)p.D, Columns<kD>()); },
-                  [&](int at) { load_keys(sK, p.k, at, (int)p.D, Columns<kD>()); });
-    walk_rows<kDv>(dp, warp_o, sV, (int)p.Dv, [&](int at) { load_rows(sO, p.dout, at, (int)p.Dv, Columns<kDv>()); },
-                   [&](int at) { load_keys(sV, p.v, at, (int)p.Dv, Columns<kDv>()); });
+    walk_rows<kD>(
+        s, warp_q, sK, (int)p.D,
+        [&](int at) { load(Size<kBr, kD>(), sQ, p.q, h, row0, entry.q_len, at, (int)p.D); },
+        [&](int at) { load(Size<kBc, kD>(), sK, p.k, kv_head, key0, entry.kv_len, at, (int)p.D); });
+    walk_rows<kDv>(
+        dp, warp_o, sV, (int)p.Dv,
+        [&](int at) { load(Size<kBr, kDv>(), sO, p.dout, h, row0, entry.q_len, at, (int)p.Dv); },
+        [&](int at) { load(Size<kBc, kDv>(), sV, p.v, kv_head, key0, entry.kv_len, at, (int)p.Dv); });
     __syncthreads();
     auto place = [&](int m, int y, int e) {
       return Place{(warp * kM + m) * 16 + (e >> 1) * 8 + g, y * 8 + 2 * t + (e & 1)};
     };
-    score(p, entry, s, added, key0, false, place, [&](int m, int y, int e) { return row0 + place(m, y, e).r; });
+    if (kSplit) {
+      auto row = [&](const char* of, const Array& array, int r) {
+        return row0 + r < entry.q_len ? of + (row0 + r) * array.row : nullptr;
+      };
+      auto key = [&](const char* of, const Array& array, int c) {
+        return key0 + c < entry.kv_len ? of + (key0 + c) * array.row : nullptr;
+      };
+      repair(s, p.q, p.k, p.D, place, [&](Place at) { return row(p.q.at(b, h), p.q, at.r); },
+             [&](Place at) { return key(p.k.at(b, kv_head), p.k, at.c); });
+      repair(dp, p.dout, p.v, p.Dv, place, [&](Place at) { return row(p.dout.at(b, h), p.dout, at.r); },
+             [&](Place at) { return key(p.v.at(b, kv_head), p.v, at.c); });
+    }
+    score(p, s, added, false, place,
+          [&](int m, int half) { return keys_of_row(entry, row0 + place(m, 0, 2 * half).r, key0); });
     for_each(s, [&](Acc& y, int m, int n, int e) {
       const Place at = place(m, n, e);
       const i64 row = row_start(p, b, h) + row0 + at.r;

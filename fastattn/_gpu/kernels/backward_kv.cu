@@ -37,37 +37,29 @@ backward_kv(const __grid_constant__ Params p) {
 
   const char* const of_k = p.k.at(b, kv_head);
   const char* const of_v = p.v.at(b, kv_head);
+  const int keys = entry.kv_len - key0;
   auto load_k = [&](int at) {
-    load_tile<kBc, kD>(sK, p.k, (int)p.D - at, [&](int r) -> const char* {
-      return key0 + r < entry.kv_len ? of_k + (key0 + r) * p.k.row + at * p.k.column : nullptr;
-    });
+    load_tile<kBc, kD>(sK, p.k, of_k + key0 * p.k.row + at * p.k.column, keys, (int)p.D - at);
   };
   auto load_v = [&](int at) {
-    load_tile<kBc, kDv>(sV, p.v, (int)p.Dv - at, [&](int r) -> const char* {
-      return key0 + r < entry.kv_len ? of_v + (key0 + r) * p.v.row + at * p.v.column : nullptr;
-    });
+    load_tile<kBc, kDv>(sV, p.v, of_v + key0 * p.v.row + at * p.v.column, keys, (int)p.Dv - at);
   };
-  // Step x is tile from + x % (to - from) of one query head after the other.
-  auto head_of = [&](int x) { return kv_head * (int)p.group + x / (to - from); };
-  auto row0_of = [&](int x) { return (from + x % (to - from)) * kBr; };
-  auto load_q = [&](Tile* tile, int x, int at) {
-    const char* const of_q = p.q.at(b, head_of(x));
-    const int row0 = row0_of(x);
-    load_tile<kBr, kD>(tile, p.q, (int)p.D - at, [&](int r) -> const char* {
-      return row0 + r < entry.q_len ? of_q + (row0 + r) * p.q.row + at * p.q.column : nullptr;
-    });
+  // A step is a tile of one query head; heads come one after the other.
+  struct Step { int h, row0; };
+  const Step first = {kv_head * (int)p.group, from * kBr};
+  auto after = [&](Step at) { return at.row0 + kBr < to * kBr ? Step{at.h, at.row0 + kBr} : Step{at.h + 1, first.row0}; };
+  auto load_q = [&](Tile* to, Step step, int at) {
+    const char* const row = p.q.at(b, step.h) + step.row0 * p.q.row + at * p.q.column;
+    load_tile<kBr, kD>(to, p.q, row, entry.q_len - step.row0, (int)p.D - at);
   };
-  auto load_o = [&](int x, int at) {
-    const char* const of_o = p.dout.at(b, head_of(x));
-    const int row0 = row0_of(x);
-    load_tile<kBr, kDv>(sO, p.dout, (int)p.Dv - at, [&](int r) -> const char* {
-      return row0 + r < entry.q_len ? of_o + (row0 + r) * p.dout.row + at * p.dout.column : nullptr;
-    });
+  auto load_o = [&](Step step, int at) {
+    const char* const row = p.dout.at(b, step.h) + step.row0 * p.dout.row + at * p.dout.column;
+    load_tile<kBr, kDv>(sO, p.dout, row, entry.q_len - step.row0, (int)p.Dv - at);
   };
-  auto load_rows = [&](int x) {
+  auto load_numbers = [&](Step step, int x) {
     constexpr int kEach = 16 / sizeof(Acc), kCopies = kBr / kEach;
     Acc* const to_rows = sRows + x % 2 * 2 * kBr;
-    const i64 row = row_start(p, b, head_of(x)) + row0_of(x);
+    const i64 row = row_start(p, b, step.h) + step.row0;
     for (int y = threadIdx.x; y < 2 * kCopies; y += kThreads) {
       const Acc* const rows = (const Acc*)(y < kCopies ? p.row_lse : p.row_delta);
       copy_16_bytes(to_rows + y * kEach, rows + row + y % kCopies * kEach, true);
@@ -86,49 +78,61 @@ backward_kv(const __grid_constant__ Params p) {
       if (!kWalk) {
         load_k(0);
         load_v(0);
-        load_q(sQ, 0, 0);
-        load_o(0, 0);
+        load_q(sQ, first, 0);
+        load_o(first, 0);
       }
-      load_rows(0);
+      load_numbers(first, 0);
       copies_commit();
     }
+    Step step = first;
 #pragma unroll 1
-    for (int x = 0; x < steps; x++) {
-      const int row0 = row0_of(x);
+    for (int x = 0; x < steps; x++, step = after(step)) {
+      const int row0 = step.row0;
       Tile* const tile_q = kWalk ? sQ : sQ + x % 2 * kBuffer;
       const Acc* const rows = sRows + x % 2 * 2 * kBr;
       Acc s[kM][kN][4], dp[kM][kN][4];
       clear(s);
       clear(dp);
 #if kGeneral
-      const int h = head_of(x);
       fill_added(p, entry, added, kept, key0,
-                 [&](int r) { return row0 + r < p.Lq ? Row{row0 + r, h} : Row{kFar, 0}; });
+                 [&](int r) { return row0 + r < p.Lq ? Row{row0 + r, step.h} : Row{kFar, 0}; });
 #endif
       auto multiply_k_q = [&] {
         if (kWalk)
-          walk_rows<kD>(s, warp_k, sQ, (int)p.D, load_k, [&](int at) { load_q(sQ, x, at); });
+          walk_rows<kD>(s, warp_k, sQ, (int)p.D, load_k, [&](int at) { load_q(sQ, step, at); });
         else
           multiply_rows<kD / kStep>(s, warp_k, pitch_of(kD), tile_q, pitch_of(kD));
       };
       copies_wait<0>();
       __syncthreads();
       if (x + 1 < steps) {
-        if (!kWalk) load_q(sQ + (x + 1) % 2 * kBuffer, x + 1, 0);
-        load_rows(x + 1);
+        if (!kWalk) load_q(sQ + (x + 1) % 2 * kBuffer, after(step), 0);
+        load_numbers(after(step), x + 1);
       }
       copies_commit();
       multiply_k_q();
       if (kWalk)
-        walk_rows<kDv>(dp, warp_v, sO, (int)p.Dv, load_v, [&](int at) { load_o(x, at); });
+        walk_rows<kDv>(dp, warp_v, sO, (int)p.Dv, load_v, [&](int at) { load_o(step, at); });
       else
         multiply_rows<kDv / kStep>(dp, warp_v, pitch_of(kDv), sO, pitch_of(kDv));
       auto place = [&](int m, int y, int e) {
         return Place{y * 8 + 2 * t + (e & 1), (warp * kM + m) * 16 + (e >> 1) * 8 + g};
       };
       const int last_row = min_of(row0 + kBr, entry.q_len) - 1;
-      score(p, entry, s, added, key0, mode == kUsual && all_pairs(entry, row0, last_row, key0, kBc), place,
-            [&](int m, int y, int e) { return row0 + place(m, y, e).r; });
+      if (kSplit && mode != kUsual) {
+        auto row = [&](const char* of, const Array& array, int r) {
+          return row0 + r < entry.q_len ? of + (row0 + r) * array.row : nullptr;
+        };
+        auto key = [&](const char* of, const Array& array, int c) {
+          return key0 + c < entry.kv_len ? of + (key0 + c) * array.row : nullptr;
+        };
+        repair(s, p.q, p.k, p.D, place, [&](Place at) { return row(p.q.at(b, step.h), p.q, at.r); },
+               [&](Place at) { return key(of_k, p.k, at.c); });
+        repair(dp, p.dout, p.v, p.Dv, place, [&](Place at) { return row(p.dout.at(b, step.h), p.dout, at.r); },
+               [&](Place at) { return key(of_v, p.v, at.c); });
+      }
+      score(p, s, added, mode == kUsual && all_pairs(entry, row0, last_row, key0, kBc), place,
+            [&](int m, int half) { return rows_of_key(entry, key0 + hidden(place(m, 0, 2 * half).c), row0); });
       // s becomes z P (without z's constant factor), dp becomes dS.
       auto make_p_and_ds = [&](auto care) {
         for_each(s, [&](Acc& y, int m, int n, int e) {
@@ -150,7 +154,7 @@ backward_kv(const __grid_constant__ Params p) {
       mode == kUsual ? make_p_and_ds(Usual()) : make_p_and_ds(Careful());
       if (kWalk) {
         __syncthreads();
-        load_o(x, column0_v);
+        load_o(step, column0_v);
         copies_commit();
         copies_wait<0>();
         __syncthreads();
@@ -166,12 +170,12 @@ backward_kv(const __grid_constant__ Params p) {
 #endif
       __syncthreads();
       if (kWalk) {
-        load_q(sQ, x, column0);
+        load_q(sQ, step, column0);
         copies_commit();
         copies_wait<0>();
         __syncthreads();
       } else {
-        if (x + 1 < steps) load_o(x + 1, 0);
+        if (x + 1 < steps) load_o(after(step), 0);
         copies_commit();
       }
       if (mode != kUsual) sanitize<kBr, kD>(tile_q, mode);

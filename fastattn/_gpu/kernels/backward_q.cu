@@ -37,27 +37,20 @@ backward_q(const __grid_constant__ Params p) {
   const char* const of_o = p.dout.at(b, h);
   const char* const of_k = p.k.at(b, kv_head);
   const char* const of_v = p.v.at(b, kv_head);
+  const int q_rows = entry.q_len - row0;
   auto load_q = [&](int at) {
-    load_tile<kBr, kD>(sQ, p.q, (int)p.D - at, [&](int r) -> const char* {
-      return row0 + r < entry.q_len ? of_q + (row0 + r) * p.q.row + at * p.q.column : nullptr;
-    });
+    load_tile<kBr, kD>(sQ, p.q, of_q + row0 * p.q.row + at * p.q.column, q_rows, (int)p.D - at);
   };
   auto load_o = [&](int at) {
-    load_tile<kBr, kDv>(sO, p.dout, (int)p.Dv - at, [&](int r) -> const char* {
-      return row0 + r < entry.q_len ? of_o + (row0 + r) * p.dout.row + at * p.dout.column : nullptr;
-    });
+    load_tile<kBr, kDv>(sO, p.dout, of_o + row0 * p.dout.row + at * p.dout.column, q_rows, (int)p.Dv - at);
   };
-  auto load_k = [&](Tile* tile, int n, int at) {
-    load_tile<kBc, kD>(tile, p.k, (int)p.D - at, [&](int r) -> const char* {
-      const int j = n * kBc + r;
-      return j < entry.kv_len ? of_k + j * p.k.row + at * p.k.column : nullptr;
-    });
+  auto load_k = [&](Tile* to, int n, int at) {
+    const int j = n * kBc;
+    load_tile<kBc, kD>(to, p.k, of_k + j * p.k.row + at * p.k.column, entry.kv_len - j, (int)p.D - at);
   };
   auto load_v = [&](int n, int at) {
-    load_tile<kBc, kDv>(sV, p.v, (int)p.Dv - at, [&](int r) -> const char* {
-      const int j = n * kBc + r;
-      return j < entry.kv_len ? of_v + j * p.v.row + at * p.v.column : nullptr;
-    });
+    const int j = n * kBc;
+    load_tile<kBc, kDv>(sV, p.v, of_v + j * p.v.row + at * p.v.column, entry.kv_len - j, (int)p.Dv - at);
   };
 
   Acc lse[kM][2], delta[kM][2];
@@ -117,8 +110,20 @@ backward_q(const __grid_constant__ Params p) {
       auto place = [&](int m, int x, int e) {
         return Place{(warp * kM + m) * 16 + (e >> 1) * 8 + g, x * 8 + 2 * t + (e & 1)};
       };
-      score(p, entry, s, added, n * kBc, mode == kUsual && all_pairs(entry, row0, last, n * kBc, kBc),
-            place, [&](int m, int x, int e) { return row0 + place(m, x, e).r; });
+      if (kSplit && mode != kUsual) {
+        auto row = [&](const char* of, const Array& array, int r) {
+          return row0 + r < entry.q_len ? of + (row0 + r) * array.row : nullptr;
+        };
+        auto key = [&](const char* of, const Array& array, int c) {
+          return n * kBc + c < entry.kv_len ? of + (n * kBc + c) * array.row : nullptr;
+        };
+        repair(s, p.q, p.k, p.D, place, [&](Place at) { return row(of_q, p.q, at.r); },
+               [&](Place at) { return key(of_k, p.k, at.c); });
+        repair(dp, p.dout, p.v, p.Dv, place, [&](Place at) { return row(of_o, p.dout, at.r); },
+               [&](Place at) { return key(of_v, p.v, at.c); });
+      }
+      score(p, s, added, mode == kUsual && all_pairs(entry, row0, last, n * kBc, kBc), place,
+            [&](int m, int half) { return keys_of_row(entry, row0 + hidden(place(m, 0, 2 * half).r), n * kBc); });
       auto make_ds = [&](auto care) {
         for_each(s, [&](Acc& x, int m, int y, int e) {
           Acc z = 1;

@@ -96,3 +96,24 @@ DEVICE bool any_odd(const Acc (&c)[M][N][4]) {
       for (int e = 0; e < 4; e++) odd = odd || !finite(c[m][n][e]);
   return odd;
 }
+
+// Split float32 factors turn an infinite product, or one near it, to NaN. Where a block is computed
+// again such products are made anew, one by one. a_of(place) and b_of(place) are the addresses of the
+// two rows that an element is the product of, null where there is none.
+__device__ __noinline__ Acc exact_product(const char* a, i64 a_column, i64 a_access, const char* b,
+                                          i64 b_column, i64 b_access, int size) {
+  Acc sum = 0;
+  for (int c = 0; c < size; c++)
+    sum = fma_of((Acc)widen(load<Elem>(a + c * a_column, a_access)),
+                 (Acc)widen(load<Elem>(b + c * b_column, b_access)), sum);
+  return sum;
+}
+template <int M, int N, class PlaceOf, class AOf, class BOf>
+DEVICE void repair(Acc (&c)[M][N][4], const Array& a, const Array& b, i64 size, PlaceOf place, AOf a_of, BOf b_of) {
+  for_each(c, [&](Acc& x, int m, int n, int e) {
+    if (finite(x)) return;
+    const char* const from_a = a_of(place(m, n, e));
+    const char* const from_b = b_of(place(m, n, e));
+    if (from_a && from_b) x = exact_product(from_a, a.column, a.access, from_b, b.column, b.access, (int)size);
+  });
+}

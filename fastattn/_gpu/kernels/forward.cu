@@ -3,8 +3,8 @@
 //
 //     S = Q K^T -> scores, excluded pairs -inf -> P = exp(S - running maximum) -> O = O scale + P V
 //
-// A warp owns kM x 16 rows and all columns, so rows are reduced within four lanes. K and V have one
-// buffer each: V's tile arrives while S is computed, the next K's while P V is.
+// A warp owns kM x 16 rows and all columns, so rows are reduced within four lanes. K has two buffers,
+// V one: V's tile arrives while S is computed, the next K's all along.
 //
 // Rows are those of one query head; or, where `packed`, those of all query heads of a key head,
 // row = i * group + head in the group, so that few queries share the loads of their keys.
@@ -26,9 +26,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 forward(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) char shared[];
   Tile* const sQ = (Tile*)shared;
-  Tile* const sK = sQ + kBr * pitch_of(kD);
-  Tile* const sV = sK + kBc * pitch_of(kD);
-  Acc* const added = (Acc*)(sV + kBc * pitch_of(kDv));  // these two in kGeneral only
+  Tile* const sV = sQ + kBr * pitch_of(kD);
+  Tile* const sK = sV + kBc * pitch_of(kDv);
+  constexpr int kBuffer = kBc * pitch_of(kD);
+  Acc* const added = (Acc*)(sK + (kWalk ? 1 : 2) * kBuffer);  // these two in kGeneral only
   u8* const kept = (u8*)(added + kBr * kAddedPitch);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 
@@ -59,33 +60,25 @@ forward(const __grid_constant__ Params p) {
   if (first >= entry.q_len) end = 0;
   const int from = begin / kBc, to = end > begin ? (end + kBc - 1) / kBc : from;
 
-  int i_of[kM][2];  // a thread's rows: two of each block of 16
-#pragma unroll
-  for (int m = 0; m < kM; m++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) i_of[m][half] = row_of((warp * kM + m) * 16 + half * 8 + g).i;
+  auto thread_row = [&](int m, int half) { return row_of((warp * kM + m) * 16 + half * 8 + g); };
 
   const char* const of_q = p.q.at(b, 0);
   const char* const of_k = p.k.at(b, kv_head);
   const char* const of_v = p.v.at(b, kv_head) + (i64)column0 * p.v.column;
   auto load_q = [&](int at) {
-    load_tile<kBr, kD>(sQ, p.q, (int)p.D - at, [&](int r) -> const char* {
+    load_rows<kBr, kD>(sQ, p.q, (int)p.D - at, [&](int r) -> const char* {
       const Row row = row_of(r);
       return row.i == kFar ? nullptr : of_q + row.h * p.q.head + row.i * p.q.row + at * p.q.column;
     });
   };
-  auto load_k = [&](int n, int at) {
-    load_tile<kBc, kD>(sK, p.k, (int)p.D - at, [&](int r) -> const char* {
-      const int j = n * kBc + r;
-      return j < entry.kv_len ? of_k + j * p.k.row + at * p.k.column : nullptr;
-    });
+  auto load_k = [&](Tile* to, int n, int at) {
+    const int j = n * kBc;
+    load_tile<kBc, kD>(to, p.k, of_k + j * p.k.row + at * p.k.column, entry.kv_len - j, (int)p.D - at);
     copies_commit();
   };
   auto load_v = [&](int n) {
-    load_tile<kBc, kDv>(sV, p.v, columns, [&](int r) -> const char* {
-      const int j = n * kBc + r;
-      return j < entry.kv_len ? of_v + j * p.v.row : nullptr;
-    });
+    const int j = n * kBc;
+    load_tile<kBc, kDv>(sV, p.v, of_v + j * p.v.row, entry.kv_len - j, columns);
     copies_commit();
   };
 
@@ -104,7 +97,7 @@ forward(const __grid_constant__ Params p) {
     __syncthreads();
     if (!kWalk && from < to) {
       load_q(0);
-      load_k(from, 0);
+      load_k(sK, from, 0);
     }
 #pragma unroll 1
     for (int n = from; n < to; n++) {
@@ -113,29 +106,47 @@ forward(const __grid_constant__ Params p) {
 #if kGeneral
       fill_added(p, entry, added, kept, n * kBc, row_of);
 #endif
+      const Tile* const warp_q = sQ + warp * kM * 16 * pitch_of(kD);
       if (kWalk) {
-        for (int at = 0; at < p.D; at += kD) {
-          load_q(at);
-          load_k(n, at);
-          copies_wait<0>();
-          __syncthreads();
-          multiply_rows<kD / kStep>(s, sQ + warp * kM * 16 * pitch_of(kD), pitch_of(kD), sK, pitch_of(kD));
-          __syncthreads();
-        }
-        if (p.D == 0) __syncthreads();
+        walk_rows<kD>(s, warp_q, sK, (int)p.D, load_q, [&](int at) { load_k(sK, n, at); });
+        __syncthreads();
         load_v(n);
       } else {
         copies_wait<0>();
         __syncthreads();
         load_v(n);
-        multiply_rows<kD / kStep>(s, sQ + warp * kM * 16 * pitch_of(kD), pitch_of(kD), sK, pitch_of(kD));
+        if (n + 1 < to) load_k(sK + (n + 1 - from) % 2 * kBuffer, n + 1, 0);
+        else copies_commit();
+        multiply_rows<kD / kStep>(s, warp_q, pitch_of(kD), sK + (n - from) % 2 * kBuffer, pitch_of(kD));
       }
       auto place = [&](int m, int x, int e) {
         return Place{(warp * kM + m) * 16 + (e >> 1) * 8 + g, x * 8 + 2 * t + (e & 1)};
       };
-      score(p, entry, s, added, n * kBc, mode == kUsual && all_pairs(entry, first, last, n * kBc, kBc),
-            place, [&](int m, int, int e) { return i_of[m][e >> 1]; });
+      if (kSplit && mode != kUsual)
+        repair(s, p.q, p.k, p.D, place,
+               [&](Place at) -> const char* {
+                 const Row row = row_of(at.r);
+                 return row.i == kFar ? nullptr : of_q + row.h * p.q.head + row.i * p.q.row;
+               },
+               [&](Place at) -> const char* {
+                 const int j = n * kBc + at.c;
+                 return j < entry.kv_len ? of_k + j * p.k.row : nullptr;
+               });
+      // What only a cut tile needs is computed there: hidden, or it would take the loop's registers.
+      const bool whole = mode == kUsual && all_pairs(entry, first, last, n * kBc, kBc);
+      Limits limits[kM][2];
+      if (!whole) {
+        const Entry again = entry_of(p, hidden(b));
+#pragma unroll
+        for (int m = 0; m < kM; m++)
+#pragma unroll
+          for (int half = 0; half < 2; half++)
+            limits[m][half] = keys_of_row(again, row_of(hidden((warp * kM + m) * 16 + half * 8 + g)).i, n * kBc);
+      }
+      score(p, s, added, whole, place, [&](int m, int half) { return limits[m][half]; });
 
+      // The usual path is one straight line, so that the rows' chains of operations overlap.
+      Acc safe[kM][2], sum[kM][2];
 #pragma unroll
       for (int m = 0; m < kM; m++)
 #pragma unroll
@@ -144,42 +155,44 @@ forward(const __grid_constant__ Params p) {
 #pragma unroll
           for (int x = 0; x < kN; x++)
             high = max_of(high, max_of(s[m][x][2 * half], s[m][x][2 * half + 1]));
-          high = quad_max(high);
-          const Acc safe = high == none ? 0 : high;
-          scale[m][half] = exp2_of((row_max[m][half] - safe) * log2_unit);
-          row_max[m][half] = high;
-          Acc shift = safe * log2_unit, sum = 0;
-          if (kGeneral || mode == kScaled) {  // the products with log2(e) may overflow
-            shift = 0;
-#pragma unroll
-            for (int x = 0; x < kN; x++) {
-              s[m][x][2 * half] -= safe;
-              s[m][x][2 * half + 1] -= safe;
-            }
-          }
-#pragma unroll
-          for (int x = 0; x < kN; x++)
-#pragma unroll
-            for (int e = 2 * half; e < 2 * half + 2; e++) {
-              if (mode != kTaint) s[m][x][e] = exp2_of(fma_of(s[m][x][e], log2_unit, -shift));
-              sum += s[m][x][e];
-            }
-          row_sum[m][half] = row_sum[m][half] * scale[m][half] + sum;
+          safe[m][half] = high;
+          sum[m][half] = 0;
         }
-      if (mode == kTaint) {  // (-inf) - maximum is still -inf
-        for_each(s, [&](Acc& x, int, int, int) { x = x == none ? 0 : 1; });
 #pragma unroll
-        for (int m = 0; m < kM; m++) scale[m][0] = scale[m][1] = 1;
+      for (int m = 0; m < kM; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const Acc high = quad_max(safe[m][half]);
+          safe[m][half] = high == none ? 0 : high;
+          scale[m][half] = exp2_of((row_max[m][half] - safe[m][half]) * log2_unit);
+          row_max[m][half] = high;
+        }
+      if (mode < kScaled) {
+        for_each(s, [&](Acc& x, int m, int, int e) {
+          const Acc most = safe[m][e >> 1];  // in kGeneral a product with log2(e) may overflow
+          x = exp2_of(kGeneral ? (x - most) * log2_unit : fma_of(x, log2_unit, -(most * log2_unit)));
+          sum[m][e >> 1] += x;
+        });
+      } else {
+        for_each(s, [&](Acc& x, int m, int, int e) {
+          x = mode == kScaled ? exp2_of((x - safe[m][e >> 1]) * log2_unit) : x == none ? 0 : 1;
+          sum[m][e >> 1] += x;
+          if (mode == kTaint) scale[m][e >> 1] = 1;
+        });
       }
+#pragma unroll
+      for (int m = 0; m < kM; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+          row_sum[m][half] = fma_of(row_sum[m][half], scale[m][half], sum[m][half]);
 #if kGeneral
       if (p.dropout_threshold && mode != kTaint)
         for_each(s, [&](Acc& x, int m, int y, int e) {
           x = is_kept(kept, place(m, y, e)) ? x : x * 0;  // NaN stays
         });
 #endif
-      copies_wait<0>();
+      copies_wait<kWalk ? 0 : 1>();
       __syncthreads();
-      if (!kWalk && n + 1 < to) load_k(n + 1, 0);
       if (mode != kUsual) sanitize<kBc, kDv>(sV, mode);
       multiply_blocks<true>(o, s, sV, pitch_of(kDv), scale);
       if (kWalk) __syncthreads();
@@ -193,12 +206,12 @@ forward(const __grid_constant__ Params p) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         Acc sum = quad_sum(row_sum[m][half]), high = row_max[m][half];
-        const bool exists = i_of[m][half] < entry.q_len, dead = !exists || (high == none && sum == 0);
+        const bool exists = thread_row(m, half).i < entry.q_len, dead = !exists || (high == none && sum == 0);
         if (high != none) high *= unit;
         Acc factor = (Acc)p.keep_scale;
         if (mode == kScaled) factor *= (Acc)kUp;
         if (p.sinks && p.splits == 1 && exists) {
-          const int head = row_of((warp * kM + m) * 16 + half * 8 + g).h;
+          const int head = thread_row(m, half).h;
           const Acc sink = ((const Acc*)p.sinks)[head];
           const Acc top = max_of(high, sink), safe = top == none ? 0 : top;
           const Acc shrunk = exp2_of((high - safe) * (Acc)kLog2e);
@@ -241,7 +254,7 @@ forward(const __grid_constant__ Params p) {
       if (t == 0 && piece == 0 && mode != kTaint)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const Row row = row_of((warp * kM + m) * 16 + half * 8 + g);
+          const Row row = thread_row(m, half);
           if (row.i == kFar) continue;
           const i64 flat = ((b * p.Hq + row.h) * p.Lq + row.i) * p.splits + split;
           char* to = p.splits > 1 ? (char*)((Acc*)p.partial_lse + flat)

@@ -18,21 +18,21 @@ constexpr int kStep = sizeof(Tile) == 2 ? 16 : 8;
 
 #if kArch >= 80
 DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], f16) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], bf16) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], float) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -43,7 +43,7 @@ DEVICE void multiply_add(double (&c)[4], const double (&a)[4], const double (&b)
   for (int s = 0; s < 2; s++)
 #pragma unroll
     for (int half = 0; half < 2; half++)
-      asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
+      asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
                    : "+d"(c[2 * half]), "+d"(c[2 * half + 1])
                    : "d"(a[2 * s + half]), "d"(b[s]));
 }
@@ -51,7 +51,7 @@ DEVICE void multiply_add(double (&c)[4], const double (&a)[4], const double (&b)
 DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], f16) {
 #pragma unroll
   for (int s = 0; s < 2; s++)
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
         "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -98,9 +98,11 @@ template <> struct FactorB<double> { double x[2]; };
 #if kArch >= 80
 template <> struct FactorA<float> { u32 hi[4], lo[4]; };
 template <> struct FactorB<float> { u32 hi[2], lo[2]; };
+// hi is x rounded to the 11 bits of a tf32 number; the instruction takes as much of lo. NaN stays in
+// one of the two.
 DEVICE void split(u32& hi, u32& lo, float x) {
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(hi) : "f"(x));
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(lo) : "f"(x - __int_as_float(hi)));
+  hi = (u32)__float_as_int(x) + 0x1000 & 0xffffe000;
+  lo = __float_as_int(x - __int_as_float(hi));
 }
 #else
 template <> struct FactorA<float> { float x[4]; };
@@ -116,12 +118,12 @@ DEVICE void set(u32 (&to)[N], const u32 (&from)[N]) {
 DEVICE void ldmatrix(u32 (&x)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
+               : "r"((u32)__cvta_generic_to_shared(row)));
 }
 DEVICE void ldmatrix_transposed(u32 (&x)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
+               : "r"((u32)__cvta_generic_to_shared(row)));
 }
 
 template <class T>
@@ -254,13 +256,19 @@ DEVICE void clear(Acc (&c)[M][N][4]) {
     for (int n = 0; n < N; n++) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0;
 }
 
-// c += rows of a x rows of b: both tiles go along the sum. `a` is the warp's first row.
+// c += rows of a x rows of b: both tiles go along the sum. `a` is the warp's first row. float32 sums
+// leave the tensor cores every kExact steps.
+constexpr int kExact = 4;
+
 template <int kSteps, int M, int N>
 DEVICE void multiply_rows(Acc (&c)[M][N][4], const Tile* a, int pitch_a, const Tile* b, int pitch_b) {
-  Acc small[kSplit ? M : 1][kSplit ? N : 1][4];
-  clear(small);
+  Acc part[kSplit ? M : 1][kSplit ? N : 1][4], small[kSplit ? M : 1][kSplit ? N : 1][4];
 #pragma unroll
   for (int k = 0; k < kSteps; k++) {
+    if (kSplit && k % kExact == 0) {
+      clear(part);
+      clear(small);
+    }
     FactorA<Tile> fa[M];
 #pragma unroll
     for (int m = 0; m < M; m++) load_a(fa[m], a + m * 16 * pitch_a + k * kStep, pitch_a);
@@ -269,19 +277,21 @@ DEVICE void multiply_rows(Acc (&c)[M][N][4], const Tile* a, int pitch_a, const T
       FactorB<Tile> fb[2];
       load_b(fb, b + n * 8 * pitch_b + k * kStep, pitch_b);
 #pragma unroll
-      for (int m = 0; m < M; m++) {
-        multiply_add(c[m][n], small[kSplit ? m : 0][kSplit ? n : 0], fa[m], fb[0]);
-        multiply_add(c[m][n + 1], small[kSplit ? m : 0][kSplit ? n + 1 : 0], fa[m], fb[1]);
-      }
+      for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          if constexpr (kSplit) multiply_add(part[m][n + i], small[m][n + i], fa[m], fb[i]);
+          else multiply_add(c[m][n + i], c[m][n + i], fa[m], fb[i]);
+        }
     }
-  }
-  if constexpr (kSplit) {
+    if (kSplit && (k % kExact == kExact - 1 || k == kSteps - 1)) {
 #pragma unroll
-    for (int m = 0; m < M; m++)
+      for (int m = 0; m < M; m++)
 #pragma unroll
-      for (int n = 0; n < N; n++)
+        for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) c[m][n][e] += small[m][n][e];
+          for (int e = 0; e < 4; e++) c[m][n][e] += part[kSplit ? m : 0][kSplit ? n : 0][e] + small[kSplit ? m : 0][kSplit ? n : 0][e];
+    }
   }
 }
 

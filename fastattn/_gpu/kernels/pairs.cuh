@@ -143,12 +143,24 @@ DEVICE void for_each(Acc (&s)[M][N][4], Visit visit) {
       for (int e = 0; e < 4; e++) visit(s[m][n][e], m, n, e);
 }
 
+// The columns of a warp's blocks, from `begin` to before `end`, that a row of them takes part with.
+struct Limits { int begin, end; };
+
+DEVICE Limits keys_of_row(const Entry& e, int i, int j0) {
+  if (i >= e.q_len) return {0, 0};
+  return {i + e.below - j0, min_of(e.kv_len, i + e.above + 1) - j0};
+}
+DEVICE Limits rows_of_key(const Entry& e, int j, int i0) {
+  if (j >= e.kv_len) return {0, 0};
+  return {j - e.above - i0, min_of(e.q_len, j - e.below + 1) - i0};
+}
+
 // Products q . k of a warp's blocks become scores, -inf where a pair is excluded: in natural units in
-// kGeneral, else in units of 1 / scale. place(m, n, e) says where in the tile an element is; i_of(r) is
-// a row's i. `whole` promises that no bound cuts the tile.
-template <int M, int N, class PlaceOf, class IOf>
-DEVICE void score(const Params& p, const Entry& entry, Acc (&s)[M][N][4], const Acc* added, int j0,
-                  bool whole, PlaceOf place, IOf i_of) {
+// kGeneral, else in units of 1 / scale. place(m, n, e) says where in the tile an element is,
+// limits(m, half) what a row of the blocks may see. `whole` promises that no bound cuts the tile.
+template <int M, int N, class PlaceOf, class LimitsOf>
+DEVICE void score(const Params& p, Acc (&s)[M][N][4], const Acc* added, bool whole, PlaceOf place,
+                  LimitsOf limits) {
   const Acc none = -infinity(Acc());
 #if kGeneral
   if (p.softcap == 0) for_each(s, [&](Acc& x, int, int, int) { x *= (Acc)p.scale; });
@@ -159,10 +171,20 @@ DEVICE void score(const Params& p, const Entry& entry, Acc (&s)[M][N][4], const 
     x = more == none ? none : x + more;
   });
 #else
-  if (!whole)
-    for_each(s, [&](Acc& x, int m, int n, int e) {
-      if (!in_bounds(entry, i_of(m, n, e), j0 + place(m, n, e).c)) x = none;
-    });
+  if (whole) return;
+  const int t = threadIdx.x & 3;
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const Limits seen = limits(m, half);
+      const int begin = seen.begin - 2 * t, end = seen.end - 2 * t;
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          if (n * 8 + e < begin || n * 8 + e >= end) s[m][n][2 * half + e] = none;
+    }
 #endif
 }
 

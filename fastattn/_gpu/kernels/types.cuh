@@ -104,6 +104,13 @@ DEVICE int max_of(int a, int b) { return a > b ? a : b; }
 DEVICE i64 min_of(i64 a, i64 b) { return a < b ? a : b; }
 DEVICE i64 max_of(i64 a, i64 b) { return a > b ? a : b; }
 
+// The same number, of which the compiler knows nothing: what is computed from it stays where it is
+// needed, instead of in registers that a loop lacks.
+DEVICE int hidden(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // The four lanes that hold a row's columns agree on its maximum, or its sum.
 template <class T>
 DEVICE T quad_max(T x) {

@@ -1,0 +1,188 @@
+"""Every GPU kernel compiles, for every architecture, without a GPU and without CuPy.
+
+NVRTC of the wheel nvidia-cuda-nvrtc is called through ctypes, with the options that CuPy gives it.
+The default run compiles each kernel for one head size, and the smallest for each architecture; the
+slow one compiles every source text that there is.
+"""
+
+import ctypes
+import importlib.util
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from gpu_table import config, source
+
+# As `OPTIONS` in fastattn/_gpu/device.py, which imports CuPy, and what CuPy adds to them.
+OPTIONS = ("--std=c++17", "-default-device", "--fmad=false", "-ftz=true")
+# A shared file declares more than each kernel uses; registers and spills go to the log.
+CHECKS = ("-diag-suppress=177", "-Xptxas=-v")
+
+# Kernels that fill all 255 registers spill some numbers; an array that left them is hundreds of
+# bytes.
+MOST_SPILLED = 128
+
+
+class Compiled(NamedTuple):
+    """What came of one configuration on one architecture."""
+
+    config: config.Config
+    arch: int
+    error: int
+    log: str
+
+    @property
+    def spilled(self):
+        """Bytes of a thread that its kernel keeps in memory for want of registers."""
+        found = re.findall(r"(\d+) bytes spill stores", self.log)
+        assert found, self.log
+        return max(map(int, found))
+
+    @property
+    def complaint(self):
+        """What is wrong with it, or nothing."""
+        worst = re.search(r"^.*\b(warning|error|Performance Loss)\b.*$", self.log, re.M)
+        if self.error or worst:
+            text = self.log if self.error else worst[0]
+        elif self.config.fast and self.spilled > MOST_SPILLED:
+            text = f"{self.spilled} bytes spilled"
+        else:
+            return ""
+        return f"sm_{self.arch} {self.config}: {text}"
+
+
+class Nvrtc:
+    """NVRTC, as far as it is needed here."""
+
+    def __init__(self, path):
+        for builtins in path.parent.glob("libnvrtc-builtins.so*"):  # else looked for elsewhere
+            ctypes.CDLL(builtins, ctypes.RTLD_GLOBAL)
+        self.library = ctypes.CDLL(path)
+        self.library.nvrtcGetErrorString.restype = ctypes.c_char_p
+
+    def call(self, name, *arguments):
+        error = getattr(self.library, f"nvrtc{name}")(*arguments)
+        assert not error, f"{name}: {self.library.nvrtcGetErrorString(error).decode()}"
+
+    def archs(self):
+        count = ctypes.c_int()
+        self.call("GetNumSupportedArchs", ctypes.byref(count))
+        archs = (ctypes.c_int * count.value)()
+        self.call("GetSupportedArchs", archs)
+        return set(archs)
+
+    def compile(self, text, arch):
+        """Compile for an architecture: (0 or the error's number, the log)."""
+        program, size = ctypes.c_void_p(), ctypes.c_size_t()
+        options = [option.encode() for option in (*OPTIONS, *CHECKS, f"-arch=sm_{arch}")]
+        given = (ctypes.c_char_p * len(options))(*options)
+        self.call(
+            "CreateProgram", ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None
+        )
+        try:
+            error = self.library.nvrtcCompileProgram(program, len(options), given)
+            self.call("GetProgramLogSize", program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            self.call("GetProgramLog", program, log)
+        finally:
+            self.call("DestroyProgram", ctypes.byref(program))
+        return error, log.value.decode()
+
+
+@pytest.fixture(scope="module")
+def nvrtc():
+    spec = importlib.util.find_spec("nvidia")  # a namespace of NVIDIA's wheels
+    folders = map(Path, spec.submodule_search_locations if spec else ())
+    found = [path for folder in folders for path in folder.glob("**/lib/libnvrtc.so.*")]
+    if not found:
+        pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
+    return Nvrtc(max(found, key=lambda path: int(path.suffix[1:])))
+
+
+def compile_all(nvrtc, jobs):
+    """Compile pairs of a configuration and an architecture; fail with what is wrong with them."""
+
+    def compile(job):
+        error, log = nvrtc.compile(source.assemble(job[0]), job[1])
+        return Compiled(*job, error, log).complaint
+
+    missing = {arch for _, arch in jobs} - nvrtc.archs()
+    assert not missing, f"this NVRTC does not know {missing}: a newer one is needed"
+    with ThreadPoolExecutor(min(os.cpu_count(), 16)) as pool:
+        complaints = list(filter(None, pool.map(compile, jobs)))
+    if complaints:
+        pytest.fail("\n".join(complaints), pytrace=False)
+
+
+def chosen(kernel, arch, dtype, size, general=False, rows=128):
+    family = config.default_family(arch)
+    return config.choose(kernel, arch, family, dtype, general, size, size, rows)
+
+
+def test_options_are_the_devices():
+    pytest.importorskip("cupy")
+    from fastattn._gpu import device
+
+    assert OPTIONS[:-1] == device.OPTIONS
+
+
+def test_errors_and_spills_are_seen(nvrtc):
+    sound = chosen("reduce", 80, "float32", 64)
+    assert not Compiled(sound, 80, *nvrtc.compile(source.assemble(sound), 80)).complaint
+    assert "expected a" in Compiled(sound, 80, *nvrtc.compile("int f( {", 80)).complaint
+    text = "__device__ int f() {}"
+    assert "missing return" in Compiled(sound, 80, *nvrtc.compile(text, 80)).complaint
+    # Far too few registers for its tiles.
+    wide = chosen("forward", 80, "float16", 128)
+    assert wide.fast
+    wide = wide._replace(blocks=8)
+    assert (
+        "bytes spilled" in Compiled(wide, 80, *nvrtc.compile(source.assemble(wide), 80)).complaint
+    )
+
+
+@pytest.mark.parametrize("kernel", config.KERNELS)
+def test_kernel_compiles(nvrtc, kernel):
+    jobs = {
+        (chosen(kernel, 80, dtype, 64, general), 80): None
+        for dtype in config.DTYPES
+        for general in (False, True)
+    }
+    compile_all(nvrtc, list(jobs))
+
+
+def test_architectures_compile(nvrtc):
+    jobs = [
+        (chosen("forward", arch, dtype, 32, rows=16), arch)
+        for arch in config.ARCHS
+        for dtype in ("bfloat16", "float32")  # what families have different instructions for
+    ]
+    compile_all(nvrtc, jobs)
+
+
+# What these architectures choose is all there is: they differ in family and in shared memory.
+SLOW_ARCHS = (75, 80, 90, 120)
+
+
+def test_slow_architectures_choose_all_there_is():
+    def all_of(archs):
+        return {c for arch in archs for c in config.configs(arch, config.default_family(arch))}
+
+    assert all_of(SLOW_ARCHS) == all_of(config.ARCHS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SLOW_ARCHS)
+def test_every_configuration_compiles(nvrtc, arch):
+    """Of a text that an earlier architecture compiles too, only what has to be fast is repeated."""
+    earlier = {
+        c
+        for other in SLOW_ARCHS[: SLOW_ARCHS.index(arch)]
+        for c in config.configs(other, config.default_family(other))
+    }
+    configs = config.configs(arch, config.default_family(arch))
+    jobs = [(c, arch) for c in configs if c.fast or c not in earlier]
+    compile_all(nvrtc, jobs)

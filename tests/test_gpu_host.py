@@ -1,0 +1,444 @@
+"""What the host does for GPU kernels: choosing, cutting work, describing arrays. Needs no GPU."""
+
+import importlib.resources
+import inspect
+import itertools
+import re
+import struct
+import types
+
+import numpy as np
+import pytest
+from gpu_table import config, params, source
+
+import fastattn
+
+KERNEL_FILES = importlib.resources.files(fastattn) / "_gpu" / "kernels"
+TILED = [kernel for kernel in config.KERNELS if kernel not in config.SMALL_KERNELS]
+# Every architecture with every family that runs there.
+PLACES = [
+    pytest.param(arch, family, id=f"{family}-on-{arch}")
+    for arch in config.ARCHS
+    for family, oldest in config.FAMILIES.items()
+    if oldest <= arch
+]
+
+
+def read(name):
+    return (KERNEL_FILES / name).read_text(encoding="utf-8")
+
+
+def tiled(arch, family):
+    return [c for c in config.configs(arch, family) if c.kernel in TILED]
+
+
+# ---- files -----------------------------------------------------------------------------------
+
+
+def test_package_has_the_sources():
+    names = {path.name for path in KERNEL_FILES.iterdir()}
+    shared = set(source._SHARED) - {"PARAMS"}
+    assert names == shared | {f"{kernel}.cu" for kernel in config.KERNELS}
+
+
+def test_sources_include_nothing():
+    for path in KERNEL_FILES.iterdir():
+        assert "#include" not in path.read_text(encoding="utf-8")
+
+
+def test_source_names_what_the_configuration_says():
+    c = config.choose("forward", 80, "sm_80", "bfloat16", True, 100, 100, 128)
+    text = source.assemble(c)
+    for line in (
+        "#define kArch 80", "#define kGeneral 1", "#define kWalk 0", f"constexpr int kD = {c.D};",
+        f"constexpr int kBr = {c.Br};", f"constexpr int kThreads = {32 * c.warps};",
+        "using Elem = bf16;", "using Tile = bf16;", "using Acc = float;", params.DECLARATION,
+    ):  # fmt: skip
+        assert text.count(line) == 1
+    assert text.count('extern "C" __global__') == 1
+
+
+# ---- the choice ------------------------------------------------------------------------------
+
+
+def test_choice_sees_neither_batch_nor_heads_nor_strides():
+    assert list(inspect.signature(config.choose).parameters) == [
+        "kernel", "arch", "family", "dtype", "general", "D", "Dv", "rows",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "family"), PLACES)
+def test_choice_is_listed_and_holds_the_head(arch, family):
+    listed = set(config.configs(arch, family))
+    edges = sorted({n + step for n in (*config.HEAD_TILES, 600) for step in (-1, 0, 1)})
+    sizes = [0, 1, 8, *edges]
+    pairs = [(n, n) for n in sizes] + list(itertools.product(sizes[::3], sizes[1::3]))
+    for kernel, dtype, general in itertools.product(TILED, config.DTYPES, (False, True)):
+        for D, Dv in [*pairs, (192, 128), (129, 97), (128, 192)]:
+            for rows in config.ROW_CLASSES if kernel == "forward" else (128,):
+                c = config.choose(kernel, arch, family, dtype, general, D, Dv, rows)
+                assert c in listed
+                assert (c.kernel, c.family, c.dtype) == (kernel, family, dtype)
+                assert c.general or not general
+                assert c.walk or (c.D >= D and c.Dv >= Dv)
+                assert max(D, Dv) <= max(config.HEAD_TILES) or c.walk
+
+
+def test_few_rows_have_small_tiles():
+    for dtype, D in itertools.product(config.DTYPES, config.HEAD_TILES):
+        chosen = [
+            config.choose("forward", 90, "sm_80", dtype, False, D, D, rows)
+            for rows in config.ROW_CLASSES
+        ]
+        heights = [c.Br for c in chosen]
+        assert heights == sorted(heights)
+        assert all(c.walk or c.Br <= rows for c, rows in zip(chosen, config.ROW_CLASSES))
+
+
+def test_families():
+    for arch in config.ARCHS:
+        assert config.FAMILIES[config.default_family(arch)] <= arch
+    assert {config.default_family(arch) for arch in config.ARCHS} == set(config.FAMILIES)
+
+
+def test_fast_is_what_benchmarks_run():
+    fast = {
+        (c.kernel, c.dtype, c.D) for c in config.configs(90, config.default_family(90)) if c.fast
+    }
+    sizes = {"float16": (64, 128, 256), "bfloat16": (64, 128, 256), "float32": (64, 128)}
+    assert fast == {
+        (kernel, dtype, D)
+        for kernel in ("forward", "backward_q", "backward_kv")
+        for dtype in sizes
+        for D in sizes[dtype]
+    }
+
+
+# ---- tiles, as the kernels need them ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arch", "family"), PLACES)
+def test_warps_share_tiles_evenly(arch, family):
+    for c in tiled(arch, family):
+        own, other = (c.Bc, c.Br) if c.kernel == "backward_kv" else (c.Br, c.Bc)
+        assert own % (16 * c.warps) == 0  # blocks of 16 rows
+        assert other % 16 == 0  # two blocks of 8 columns, a step of the next product
+        assert c.D % 16 == c.Dv % 16 == c.out_columns % 16 == 0
+        assert c.threads <= 1024 and c.threads * c.blocks <= 1024
+
+
+@pytest.mark.parametrize(("arch", "family"), PLACES)
+def test_rows_of_tiles_lie_in_different_banks(arch, family):
+    for c in tiled(arch, family):
+        for pitch in (c.pitch(c.D), c.pitch(c.Dv)):
+            assert pitch % 16 == 0
+            if c.dtype == "float64":  # half a warp loads four rows of four numbers
+                parts = {(row * pitch + 8 * t) % 128 for row in range(4) for t in range(4)}
+                assert len(parts) == 16
+            else:  # a matrix load takes 16 bytes of eight rows
+                assert len({row * pitch % 128 for row in range(8)}) == 8
+
+
+class Pointer:
+    """A C pointer into shared memory: an offset in bytes, and the size of what it points to."""
+
+    def __init__(self, offset, size):
+        self.offset, self.size = offset, size
+
+    def __add__(self, count):
+        return Pointer(self.offset + count * self.size, self.size)
+
+
+class Cast(int):
+    """`Cast(size) @ pointer` is a C cast, with nearly the precedence of one."""
+
+    def __matmul__(self, pointer):
+        return Pointer(pointer.offset, int(self))
+
+
+def evaluate(expression, names):
+    """The value of a C expression of the few forms that the kernels' layouts have."""
+    expression = re.sub(r"\((Tile|Acc|u8)\*\)", r"\1 @ ", expression)
+    expression = expression.replace("sizeof(Tile)", "Tile").replace("(int)", "")
+    expression = re.sub(r"\(([^?()]+) \? ([^:()]+) : ([^()]+)\)", r"(\2 if \1 else \3)", expression)
+    return eval(expression.replace(" / ", " // "), {}, names)
+
+
+def layout(c):
+    """The pointers of a kernel's shared memory, as its text has them, and the bytes they take."""
+    acc = 8 if c.dtype == "float64" else 4
+    [pitch] = re.findall(r"int pitch_of\(int columns\) \{ return (.*); \}", read("arrays.cuh"))
+    [added_pitch] = re.findall(r"int kAddedPitch = (.*);", read("pairs.cuh"))
+    names = {
+        "Tile": Cast(config.DTYPES[c.tile_dtype]), "Acc": Cast(acc), "u8": Cast(1),
+        "kD": c.D, "kDv": c.Dv, "kBr": c.Br, "kBc": c.Bc, "kWalk": c.walk, "shared": Pointer(0, 1),
+        "kWarps": c.warps,
+    }  # fmt: skip
+    names["pitch_of"] = lambda n: evaluate(pitch, {**names, "columns": n})
+    names["kAddedPitch"] = evaluate(added_pitch, names)
+    declarations = read(f"{c.kernel}.cu").split("char shared[];")[1].split("const int warp =")[0]
+    pattern = r"^ *(?:constexpr int|\w+\* const) (\w+) = (.*?);"
+    pointers = {}
+    for name, expression in re.findall(pattern, declarations, re.M):
+        names[name] = value = evaluate(expression, names)
+        if isinstance(value, Pointer):
+            pointers[name] = value.offset
+    assert {"sQ", "sK", "sV", "added", "kept"} <= set(pointers)
+    used = pointers["kept"] + c.Br * c.Bc // 4 if c.general else pointers["added"]
+    return names, pointers, used
+
+
+@pytest.mark.parametrize(("arch", "family"), PLACES)
+def test_shared_memory_holds_what_kernels_lay_out(arch, family):
+    for c in tiled(arch, family):
+        names, pointers, used = layout(c)
+        for columns in (c.D, c.Dv):
+            assert names["pitch_of"](columns) * names["Tile"] == c.pitch(columns)
+        assert not [name for name, offset in pointers.items() if offset % 16]
+        columns = {"forward": c.Dv, "backward_kv": c.out_columns}.get(c.kernel, c.D)
+        results = 16 * c.warps * (columns + 4) * names["Acc"]
+        if c.kernel == "backward_bias":
+            results = c.Br * (c.Bc + 1) * names["Acc"]
+        assert max(used, results) <= c.shared_bytes <= config.shared_limit(arch)
+        assert used == c.shared_bytes or used < results <= c.shared_bytes  # and no more
+
+
+@pytest.mark.parametrize("arch", config.ARCHS)
+def test_small_kernels_take_no_shared_memory_of_their_own(arch):
+    for kernel in config.SMALL_KERNELS:
+        c = config.choose(kernel, arch, config.default_family(arch), "float32", True, 64, 64)
+        assert c.shared_bytes == 0 and not c.general
+        assert "extern __shared__" not in read(f"{kernel}.cu")
+
+
+@pytest.mark.parametrize(("arch", "family"), PLACES)
+def test_padded_rows_hold_whole_tiles(arch, family):
+    [pad] = map(int, re.findall(r"kRowPad = (\d+);", read("gradient.cuh")))
+    for c in tiled(arch, family):
+        assert c.kernel == "forward" or pad % c.Br == 0
+
+
+# ---- the kernels' argument -------------------------------------------------------------------
+
+
+def fields_of(declaration):
+    """(type, name) of the fields of a C struct; functions end the list."""
+    fields = []
+    for line in re.sub(r"//.*", "", declaration).split(";")[:-1]:
+        if "{" in line or not line.strip():
+            break
+        kind, names = re.fullmatch(r"\s*(.*?[\w*])\s+(\w+(?:, \w+)*)\s*", line).groups()
+        fields += [(kind, name) for name in names.split(", ")]
+    return fields
+
+
+def test_array_is_declared_as_it_is_packed():
+    body = re.search(r"struct Array \{(.*?)\n\};", read("arrays.cuh"), re.S)[1]
+    fields = fields_of(body.split("DEVICE")[0])
+    assert tuple(name for _, name in fields) == params.ARRAY_FIELDS
+    assert {kind for kind, _ in fields} <= {"char*", "const i64*", "i64"}
+
+
+def test_params_are_declared_as_they_are_packed():
+    body = re.fullmatch(r"struct Params \{(.*)\};", params.DECLARATION, re.S)[1]
+    fields = fields_of(body)
+    assert len({name for _, name in fields}) == len(fields)
+
+    # Every number a different one; each is looked for where C has its field, all being 8 bytes.
+    numbers = itertools.count(1)
+    arrays = {n: tuple(next(numbers) for _ in params.ARRAY_FIELDS) for n in params.ARRAYS}
+    scalars = {name: next(numbers) for name in params.SCALARS}
+    block = np.zeros(params.SIZE // 8, np.int64)
+    params.pack(block, arrays, scalars)
+    packed, offset = block.tobytes(), 0
+    for kind, name in fields:
+        if kind == "Array":
+            size = 8 * len(params.ARRAY_FIELDS)
+            assert struct.unpack_from(f"{size // 8}q", packed, offset) == arrays[name]
+        else:
+            assert kind in ("i64", "u64", "double") or kind.endswith("*")
+            size, letter = 8, "d" if kind == "double" else "Q" if kind == "u64" else "q"
+            assert struct.unpack_from(letter, packed, offset) == (scalars[name],)
+        offset += size
+    assert offset == len(packed) == params.SIZE
+    assert params.SIZE <= 4096  # of a kernel's arguments
+
+
+def test_params_that_are_not_given_are_zero():
+    block = np.full(params.SIZE // 8, -1, np.int64)
+    params.pack(block, {}, {"seed": 2**64 - 1})
+    assert np.count_nonzero(block) == 1 and -1 in block
+    with pytest.raises(struct.error):
+        params.pack(block, {}, {"seed": 2**64})
+
+
+def test_kernels_read_fields_that_exist():
+    names = {*params.ARRAYS, *params.SCALARS}
+    text = "".join(read(path.name) for path in KERNEL_FILES.iterdir())
+    used = set(re.findall(r"\bp\.(\w+)", re.sub(r"//.*", "", text)))
+    assert used <= names
+    assert names <= used  # and no field is for nothing
+
+
+# ---- the driver: imports CuPy, which needs no GPU for that ----------------------------------
+
+
+@pytest.fixture(scope="module")
+def driver():
+    pytest.importorskip("cupy")
+    from fastattn._gpu import driver
+
+    return driver
+
+
+@pytest.fixture(scope="module")
+def device():
+    pytest.importorskip("cupy")
+    from fastattn._gpu import device
+
+    return device
+
+
+def test_family_is_the_environments(device, monkeypatch):
+    monkeypatch.delenv("FASTATTN_GPU_ARCH", raising=False)
+    assert device._family(90) == config.default_family(90)
+    monkeypatch.setenv("FASTATTN_GPU_ARCH", "")
+    assert device._family(75) == config.default_family(75)
+    for family, oldest in config.FAMILIES.items():
+        monkeypatch.setenv("FASTATTN_GPU_ARCH", family)
+        assert device._family(oldest) == device._family(oldest + 1) == family
+        with pytest.raises(RuntimeError, match=rf"{family}, which needs.* {oldest / 10};"):
+            device._family(oldest - 1)
+    for unknown in ("sm_1", "80", "SM_80", "sm_80 "):
+        monkeypatch.setenv("FASTATTN_GPU_ARCH", unknown)
+        with pytest.raises(ValueError, match="FASTATTN_GPU_ARCH.*sm_75, sm_80"):
+            device._family(90)
+
+
+def test_constants_are_those_of_the_kernels(driver):
+    [pad] = map(int, re.findall(r"kRowPad = (\d+);", read("gradient.cuh")))
+    assert driver._ROW_PAD == pad
+    [far] = re.findall(r"kFar = 1 << (\d+);", read("pairs.cuh"))
+    assert driver.LONGEST * 2 <= 1 << int(far)
+    access = re.search(r"enum Access : i64 \{ (.*?) \}", read("arrays.cuh"))[1].split(", ")
+    assert access == ["kBytes", "kElements", "kVectors"]
+    assert (driver._BYTES, driver._ELEMENTS, driver._VECTORS) == (0, 1, 2)
+    kinds = re.search(r"enum Kind : i64 \{ (.*?) \}", read("arrays.cuh"))[1].split(", ")
+    assert kinds == ["kBool", "kF16", "kBf16", "kF32", "kF64"]
+    names = ["bool", *config.DTYPES]
+    assert driver._KINDS == {name: number for number, name in enumerate(names)}
+
+
+def test_splits_cover_the_keys(driver):
+    tile = {config.choose("forward", 90, "sm_80", d, False, 64, 64, 16) for d in config.DTYPES}
+    lengths = {0, 1, driver.LONGEST}
+    for n in (driver._SPLIT_KEYS, driver._SPLIT_KEYS * driver._MOST_SPLITS, 10**6):
+        lengths |= {n - 1, n, n + 1}
+    for c, Lk in itertools.product(tile, sorted(lengths)):
+        splits, keys = driver._split(Lk, c)
+        assert 1 <= splits <= driver._MOST_SPLITS
+        assert keys % c.Bc == 0 and keys >= driver._SPLIT_KEYS
+        assert splits * keys >= Lk
+        assert splits == 1 or (splits - 1) * keys < Lk  # none is empty
+
+
+class Standin(np.ndarray):
+    """A NumPy array whose address is where a CuPy array has it."""
+
+    data = property(lambda self: types.SimpleNamespace(ptr=self.ctypes.data))
+
+
+@pytest.fixture
+def call(driver, monkeypatch):
+    """A call that describes Standins."""
+    library = types.SimpleNamespace(
+        zeros=lambda shape, dtype: np.zeros(shape, dtype).view(Standin), arange=np.arange
+    )
+    monkeypatch.setattr(driver, "cupy", library)
+    call = object.__new__(driver._Call)
+    call.alive = []
+    return call
+
+
+def addresses(call, described, batch, shape):
+    """Where a kernel looks for each element, from an array's description."""
+    data, batches, step, head, row, column, _ = described
+    at = np.arange(batch, dtype=np.int64) * step
+    if batches:
+        [table] = [table for table in call.alive if table.ctypes.data == batches]
+        at = np.array(table).reshape(-1)
+    grid = np.ogrid[tuple(slice(n) for n in shape)]
+    return data + at[:, None, None, None] + grid[0] * head + grid[1] * row + grid[2] * column
+
+
+def actual_addresses(array):
+    address = np.full((), array.ctypes.data, np.int64)
+    for axis, (n, stride) in enumerate(zip(array.shape, array.strides)):
+        along = np.arange(n, dtype=np.int64) * stride
+        address = address + along.reshape([n] + [1] * (array.ndim - axis - 1))
+    return address.reshape(-1, *array.shape[-3:])
+
+
+def views(dtype):
+    """Arrays of five axes with all kinds of strides."""
+    size = np.dtype(dtype).itemsize
+    memory = np.zeros(2 * 3 * 4 * 5 * 16 * size + 64, np.uint8)
+    aligned = -memory.ctypes.data % 16
+    plain = memory[aligned:][: 2 * 3 * 4 * 5 * 16 * size].view(dtype).reshape(2, 3, 4, 5, 16)
+    odd = memory[aligned + 1 :][: 2 * 3 * 4 * 5 * 16 * size].view(dtype).reshape(2, 3, 4, 5, 16)
+    yield "plain", plain
+    yield "unaligned", odd
+    yield "batches swapped", plain.swapaxes(0, 1)
+    yield "heads inside", plain.swapaxes(-2, -3)
+    yield "columns outside", plain.swapaxes(-1, -2)
+    yield "backwards", plain[::-1, :, ::-1, ::-1, ::-1]
+    yield "every other batch", plain[:, ::2]
+    yield "broadcast batch", np.broadcast_to(plain[:1], plain.shape)
+    yield "broadcast inner batch", np.broadcast_to(plain[:, :1], plain.shape)
+    yield "broadcast", np.broadcast_to(plain[:1, :1, :1, :, :1], plain.shape)
+    yield "part of the columns", plain[..., 1:9]
+    yield "few columns", plain[..., :3]
+    yield "one batch", plain[0, 0]
+    yield "one axis", plain[1]
+    yield "axis of one", plain[:, :1]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_kernels_find_every_element(driver, call, dtype):
+    for name, view in views(dtype):
+        array = view.view(Standin)
+        described = call.array(array)
+        wanted = actual_addresses(view)
+        found = addresses(call, described, len(wanted), view.shape[-3:])
+        assert (found == wanted).all(), name
+        if described[-1] == driver._VECTORS:
+            assert described[-2] == view.itemsize, name
+            assert (wanted[..., 0] % 16 == 0).all(), name
+            assert view.shape[-1] * view.itemsize % 16 == 0, name
+        elif described[-1] == driver._ELEMENTS:
+            assert (wanted % view.itemsize == 0).all(), name
+        expected = {"plain": driver._VECTORS, "unaligned": driver._BYTES}
+        assert described[-1] == expected.get(name, described[-1])
+
+
+def test_usual_layouts_need_no_table(call):
+    for name, view in views(np.float32):
+        if name in ("plain", "heads inside", "columns outside", "one batch", "one axis"):
+            assert call.array(view.view(Standin))[1] == 0
+    assert not call.alive
+
+
+def test_kernels_find_every_row(driver, call):
+    for name, view in views(np.float32):
+        view = view[..., 0]
+        described = call.rows(view.view(Standin))
+        wanted = actual_addresses(view[..., None])
+        found = addresses(call, described, len(wanted), (*view.shape[-2:], 1))
+        assert (found == wanted).all(), name
+        assert described[-1] == (driver._BYTES if name == "unaligned" else driver._ELEMENTS)
+
+
+def test_offsets_are_of_the_axes_that_stay(call):
+    call.offsets((2, 3, 4), [100, 10, 1], [False, True, False])
+    [table] = call.alive
+    assert np.array_equal(table, np.add.outer([0, 100], [0, 1, 2, 3]))
