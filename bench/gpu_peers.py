@@ -39,9 +39,9 @@ class Fastattn(Peer):
         return introspect.versions()["fastattn"]
 
     def configuration(self):
-        from fastattn import _gpu
+        from fastattn._gpu.device import device_info
 
-        return {"configuration": _gpu.device_info()}
+        return {"configuration": device_info()}
 
     @classmethod
     def serves(cls, case):

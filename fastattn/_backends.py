@@ -66,11 +66,11 @@ def load_cupy() -> ModuleType:
         raise ImportError(_NEEDS_CUPY % f"this is {cupy.__version__}", name="cupy")
     if cupy.ndarray not in _BACKENDS:
         try:
-            from fastattn import _gpu
+            from fastattn._gpu import driver
         except (ImportError, AttributeError) as error:
             problem = f"{cupy.__version__} lacks something: {error}"
             raise ImportError(_NEEDS_CUPY % problem, name="cupy") from error
-        _BACKENDS[cupy.ndarray] = _gpu
+        _BACKENDS[cupy.ndarray] = driver
     return cupy
 
 
@@ -89,6 +89,22 @@ def arithmetic_on(array: Any) -> AbstractContextManager[Any]:
     if type(array) is np.ndarray or type(array) not in PLAIN_ARRAYS:
         return np.errstate(all="ignore")
     return array.device
+
+
+def readable(array: Any) -> Any:
+    """A checked array; a copy of it where it is CuPy's and not aligned to its dtype.
+
+    CuPy's own kernels cannot read such addresses, the backend's can.
+    """
+    if type(array) is np.ndarray:
+        return array
+    size = array.itemsize
+    if array.data.ptr % size == 0 and all(stride % size == 0 for stride in array.strides):
+        return array
+    cupy = sys.modules["cupy"]
+    with array.device:
+        single = cupy.ndarray((*array.shape, size), np.uint8, array.data, (*array.strides, 1))
+        return single.copy().view(array.dtype).reshape(array.shape)
 
 
 def is_elsewhere(array: Any) -> bool:

@@ -27,6 +27,7 @@ from fastattn._backends import (
     is_cupy_array,
     load_cupy,
     namespace_of,
+    readable,
     to_device,
 )
 from fastattn._dlpack import from_dlpack, is_on_device, refuse_read_only
@@ -392,7 +393,7 @@ def _per_head(name: str, value: Any, q_name: str, q: Array, heads: int, acc: np.
         raise ValueError(
             f"{name} must have shape ({heads},), one per query head, got {array.shape}"
         )
-    return _contiguous(array, acc)
+    return _contiguous(readable(array), acc)
 
 
 def cast(array: Array, dtype: np.dtype) -> Array:
@@ -440,7 +441,7 @@ def _integers(name: str, value: Any, q_name: str, q: Array) -> Array:
         raise TypeError(f"{expected}, got {_describe_dtype(array.dtype)}")
     if type(array) is np.ndarray and array.dtype == np.uint64:
         _check_range(name, array, 0, (1 << 63) - 1, "to fit a signed 64-bit integer")
-    return array
+    return readable(array)
 
 
 def _check_range(name: str, array: np.ndarray, low: int, high: int, meaning: str) -> None:
@@ -505,7 +506,7 @@ def _seed(value: Any, q_name: str, q: Array) -> Array | int:
             raise TypeError(f"seed must be an int or uint64, got {_describe_dtype(array.dtype)}")
         if array.size != 1:
             raise ValueError(f"seed must have one element, got shape {array.shape}")
-        return array.reshape(1)
+        return readable(array).reshape(1)
     seed = _index("seed", value)
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
@@ -650,7 +651,7 @@ def check_backward(
         dlse = beside("dlse", dlse, "q", q)
         accumulation_dtype("dlse", dlse)
         _check_like("dlse", dlse, out_shape[:-1], [dlse.dtype])
-        dlse = cast(dlse, acc)
+        dlse = cast(readable(dlse), acc)
     return dout, out, lse, dlse
 
 

@@ -159,9 +159,9 @@ def gpu() -> dict[str, Any]:
     facts: dict[str, Any] = {"cupy": None, "missing": "", "device": {}, "kernels": []}
     try:
         facts["cupy"] = load_cupy().__version__
-        from fastattn import _gpu
+        from fastattn._gpu.device import device_info
 
-        facts["device"] = dict(_gpu.device_info())
+        facts["device"] = device_info()
     except Exception as error:
         facts["missing"] = " ".join(str(error).split()) or type(error).__name__
     try:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from gpu_table import config, source
+
+from fastattn._gpu import config, source
 
 # As `OPTIONS` in fastattn/_gpu/device.py, which imports CuPy, and what CuPy adds to them.
 OPTIONS = ("--std=c++17", "-default-device", "--fmad=false", "-ftz=true")

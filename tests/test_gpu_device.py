@@ -378,7 +378,9 @@ def test_calls_run_on_the_current_stream(name, rng):
         function, x = case.run, case.q
     else:
         x = to_device(rng.standard_normal((4, 50, 60)).astype(np.float32))
-        others = to_device(tuple(rng.standard_normal((4, 50, 60)[:n]) for n in (2, 3, 2)))
+        others = to_device(
+            tuple(rng.standard_normal((4, 50, 60)[:n]).astype(np.float32) for n in (2, 3, 2))
+        )
 
         def function():
             if name == "safe_softmax":

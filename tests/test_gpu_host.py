@@ -9,9 +9,9 @@ import types
 
 import numpy as np
 import pytest
-from gpu_table import config, params, source
 
 import fastattn
+from fastattn._gpu import config, params, source
 
 KERNEL_FILES = importlib.resources.files(fastattn) / "_gpu" / "kernels"
 TILED = [kernel for kernel in config.KERNELS if kernel not in config.SMALL_KERNELS]
@@ -247,9 +247,11 @@ def test_params_are_declared_as_they_are_packed():
     # Every number a different one; each is looked for where C has its field, all being 8 bytes.
     numbers = itertools.count(1)
     arrays = {n: tuple(next(numbers) for _ in params.ARRAY_FIELDS) for n in params.ARRAYS}
-    scalars = {name: next(numbers) for name in params.SCALARS}
+    options = {name: next(numbers) for name in params.OPTIONS}
+    launch = {name: next(numbers) for name in params.LAUNCH}
     block = np.zeros(params.SIZE // 8, np.int64)
-    params.pack(block, arrays, scalars)
+    params.pack(block, arrays, tuple(options.values()), launch)
+    scalars = options | launch
     packed, offset = block.tobytes(), 0
     for kind, name in fields:
         if kind == "Array":
@@ -266,14 +268,17 @@ def test_params_are_declared_as_they_are_packed():
 
 def test_params_that_are_not_given_are_zero():
     block = np.full(params.SIZE // 8, -1, np.int64)
-    params.pack(block, {}, {"seed": 2**64 - 1})
+    options = dict.fromkeys(params.OPTIONS, 0) | {"seed": 2**64 - 1}
+    params.pack(block, {}, tuple(options.values()), {})
     assert np.count_nonzero(block) == 1 and -1 in block
     with pytest.raises(struct.error):
-        params.pack(block, {}, {"seed": 2**64})
+        params.pack(block, {}, tuple((options | {"seed": 2**64}).values()), {})
+    with pytest.raises(KeyError):
+        params.pack(block, {}, tuple(options.values()), {"seed": 1})
 
 
 def test_kernels_read_fields_that_exist():
-    names = {*params.ARRAYS, *params.SCALARS}
+    names = {*params.ARRAYS, *params.OPTIONS, *params.LAUNCH}
     text = "".join(read(path.name) for path in KERNEL_FILES.iterdir())
     used = set(re.findall(r"\bp\.(\w+)", re.sub(r"//.*", "", text)))
     assert used <= names
@@ -326,7 +331,49 @@ def test_constants_are_those_of_the_kernels(driver):
     kinds = re.search(r"enum Kind : i64 \{ (.*?) \}", read("arrays.cuh"))[1].split(", ")
     assert kinds == ["kBool", "kF16", "kBf16", "kF32", "kF64"]
     names = ["bool", *config.DTYPES]
-    assert driver._KINDS == {name: number for number, name in enumerate(names)}
+    assert list(driver._KIND_NAMES) == names
+    arrays = [np.zeros(0, name) for name in names if name != "bfloat16"]
+    assert [driver._kind(array) for array in arrays] == [0, 1, 3, 4]
+    assert driver._kind(None) == 0
+
+
+def test_options_go_by_their_names(driver):
+    """Every value a different one, found under its name; both forms of those that have two."""
+
+    def at(address, dtype="float32"):
+        data = types.SimpleNamespace(ptr=address)
+        return types.SimpleNamespace(data=data, dtype=np.dtype(dtype))
+
+    sizes = dict(batch=2, Hq=12, Hkv=4, group=3, Lq=5, Lk=6, D=7, Dv=8, scale=0.5, softcap=9.0)
+    given = dict(
+        **sizes, window_left=10, window_right=11, causal_offset=at(13), q_lens=at(14),
+        kv_lens=at(15), alibi_slopes=at(16), sinks=at(17), attn_mask=at(0, "float64"),
+        bias=at(0, "float16"), dropout_p=0.75, seed=at(18),
+    )  # fmt: skip
+    addresses = ("q_lens", "kv_lens", "alibi_slopes", "sinks")
+
+    def options(**problem):
+        values = driver._Call._options(
+            types.SimpleNamespace(problem=types.SimpleNamespace(**problem))
+        )
+        assert len(values) == len(params.OPTIONS)
+        return dict(zip(params.OPTIONS, values))
+
+    assert options(**given) == dict(
+        **sizes, window_left=10, window_right=11, causal_offset=0, causal_offsets=13,
+        **{name: given[name].data.ptr for name in addresses}, attn_mask_kind=4, bias_kind=1,
+        seed=0, seed_at=18, dropout_threshold=3 << 30, keep_scale=4.0,
+    )  # fmt: skip
+    host = given | dict(causal_offset=-19, seed=20, window_left=0, window_right=0)
+    expected = dict(causal_offset=-19, causal_offsets=0, seed=20, seed_at=0)
+    assert expected.items() <= options(**host).items()
+    assert options(**host)["window_left"] == options(**host)["window_right"] == 0
+    absent = given | dict.fromkeys([name for name in given if name not in sizes])
+    zeros = [name for name in params.OPTIONS if name not in sizes]
+    expected = dict.fromkeys(zeros, 0) | dict(window_left=-1, window_right=-1, keep_scale=1.0)
+    assert options(**absent | {"dropout_p": 0.0, "seed": 0}) == sizes | expected
+    all_dropped = options(**given | {"dropout_p": 1.0})
+    assert (all_dropped["dropout_threshold"], all_dropped["keep_scale"]) == (1 << 32, 0.0)
 
 
 def test_splits_cover_the_keys(driver):
@@ -345,13 +392,13 @@ def test_splits_cover_the_keys(driver):
 class Standin(np.ndarray):
     """A NumPy array whose address is where a CuPy array has it."""
 
-    data = property(lambda self: types.SimpleNamespace(ptr=self.ctypes.data))
+    data = property(lambda self: types.types.SimpleNamespace(ptr=self.ctypes.data))
 
 
 @pytest.fixture
 def call(driver, monkeypatch):
     """A call that describes Standins."""
-    library = types.SimpleNamespace(
+    library = types.types.SimpleNamespace(
         zeros=lambda shape, dtype: np.zeros(shape, dtype).view(Standin), arange=np.arange
     )
     monkeypatch.setattr(driver, "cupy", library)

@@ -230,7 +230,9 @@ class TestGpu:
     @pytest.fixture
     def backend(self, monkeypatch):
         backend = types.ModuleType("fastattn._gpu")
-        backend.device_info = lambda: {"name": "Some GPU", "capability": (9, 0), "kernels": "new"}
+        backend.device = types.ModuleType("fastattn._gpu.device")
+        facts = {"name": "Some GPU", "capability": (9, 0), "kernels": "new"}
+        backend.device.device_info = lambda: facts
         backend.config = types.ModuleType("fastattn._gpu.config")
         backend.config.table = lambda: [
             {"family": "old", "kernel": "forward", "D": 32},
@@ -241,6 +243,7 @@ class TestGpu:
         monkeypatch.setattr(fastattn, "_gpu", backend, raising=False)
         monkeypatch.setitem(sys.modules, "fastattn._gpu", backend)
         monkeypatch.setitem(sys.modules, "fastattn._gpu.config", backend.config)
+        monkeypatch.setitem(sys.modules, "fastattn._gpu.device", backend.device)
         return backend
 
     def text(self, facts):
@@ -267,7 +270,9 @@ class TestGpu:
         def fail():
             raise RuntimeError("no\n  luck")
 
-        monkeypatch.setattr(backend if wrong == "device_info" else backend.config, wrong, fail)
+        monkeypatch.setattr(
+            backend.device if wrong == "device_info" else backend.config, wrong, fail
+        )
         text = self.text(facts)
         assert "luck)\n" in text and "GPU: CuPy 99.1 (" in text
 

@@ -78,7 +78,8 @@ class Config(NamedTuple):
         """Shared memory of a block: its buffers, or the results on their way out."""
         if self.kernel in SMALL_KERNELS:
             return 0
-        row, row_v, acc = self.pitch(self.D), self.pitch(self.Dv), 8 if self.dtype == "float64" else 4
+        row, row_v = self.pitch(self.D), self.pitch(self.Dv)
+        acc = 8 if self.dtype == "float64" else 4
         rows, rows_v = {
             "forward": (self.Br + self.Bc * (1 if self.walk else 2), self.Bc),
             "backward_q": (self.Br + self.Bc * (1 if self.walk else 2), self.Br + self.Bc),
@@ -113,8 +114,9 @@ KERNELS = ("forward", "backward_q", "backward_kv", "backward_bias", *SMALL_KERNE
 # Rows that a forward tile may have; a problem with few rows takes the smallest that holds them.
 ROW_CLASSES = (16, 64, 128)
 
-# (kernel, bytes of a number in a tile) -> head tile -> tiles (Br, Bc, warps, blocks) in the order of
-# preference: the first that fits the device's shared memory is taken. A forward's are by row class.
+# (kernel, bytes of a number in a tile) -> head tile -> tiles (Br, Bc, warps, blocks) in the order
+# of preference: the first that fits the device's shared memory is taken. A forward's are by row
+# class.
 _TILES: dict[tuple[str, int], dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     ("forward 16", 2): {
         128: ((16, 64, 1, 6),),
@@ -165,7 +167,10 @@ _WALK = {
 def choose(
     kernel: str, arch: int, family: str, dtype: str, general: bool, D: int, Dv: int, rows: int = 128
 ) -> Config:
-    """The configuration that serves a problem; `rows` is how many query rows share a forward's keys."""
+    """The configuration that serves a problem.
+
+    `rows` is how many query rows share the loads of a forward's keys.
+    """
     if kernel in SMALL_KERNELS:
         return Config(kernel, family, dtype, False, 32, 32, False, 64, 64, 4, 1)
     size = DTYPES[Config(kernel, family, dtype, *(0,) * 8).tile_dtype]
@@ -190,7 +195,8 @@ def choose(
                 if config.shared_bytes * (config.blocks if together else 1) <= limit:
                     return config
     tiles = _WALK[size].get(kernel, _WALK[size]["other"])
-    return Config(kernel, family, dtype, general or kernel == "backward_bias", PIECE, PIECE, True, *tiles)
+    general = general or kernel == "backward_bias"
+    return Config(kernel, family, dtype, general, PIECE, PIECE, True, *tiles)
 
 
 def configs(arch: int, family: str) -> list[Config]:
@@ -216,7 +222,9 @@ def table() -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for family, oldest in FAMILIES.items():
         for config in configs(oldest, family):
-            if config.kernel in SMALL_KERNELS or config.general != (config.kernel == "backward_bias"):
+            if config.kernel in SMALL_KERNELS:
+                continue
+            if config.general != (config.kernel == "backward_bias"):
                 continue
             rows.append(
                 {

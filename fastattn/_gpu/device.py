@@ -44,8 +44,8 @@ def device_of(number: int) -> Device:
     oldest = min(table.FAMILIES.values())
     if arch < oldest:
         raise RuntimeError(
-            f"fastattn needs a GPU of compute capability {oldest / 10} or newer, and device {number} "
-            f"has {arch / 10}"
+            f"fastattn needs a GPU of compute capability {oldest / 10} or newer, and device "
+            f"{number} has {arch / 10}"
         )
     return Device(number, arch, _family(arch))
 
@@ -79,7 +79,7 @@ class Kernel(NamedTuple):
     raw: Any  # the RawKernel, which keeps the function loaded
 
 
-# No contraction by the compiler: what must round alike in two places says where an operation is fused.
+# No contraction by the compiler: what must round alike in two places says where it is fused.
 OPTIONS = ("--std=c++17", "-default-device", "--fmad=false")
 _kernels: dict[tuple[int, Config], Kernel] = {}
 _loading = threading.Lock()
@@ -104,6 +104,7 @@ class _Arguments(threading.local):
     """A thread's copy of the kernels' one argument, which a launch copies, and its address."""
 
     def __init__(self) -> None:
+        self.bound = False  # whether the driver has a context in this thread
         self.block = np.zeros(SIZE // 8, np.int64)
         self.pointers = np.array([self.block.ctypes.data], np.uint64)
         self.address = self.pointers.ctypes.data
@@ -112,8 +113,11 @@ class _Arguments(threading.local):
 arguments = _Arguments()
 
 
-def launch(kernel: Kernel, blocks: int, stream: int, shared_bytes: int | None = None) -> None:
+def launch(kernel: Kernel, blocks: int, stream: int) -> None:
     """Start a kernel on `stream` with the thread's `arguments`."""
+    if not arguments.bound:
+        cupy.cuda.runtime.setDevice(cupy.cuda.runtime.getDevice())
+        arguments.bound = True
     driver.launchKernel(
         kernel.function, blocks, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes, stream,
         arguments.address, 0,

@@ -3,8 +3,8 @@
 forward:  forward [, combine where keys are split]
 backward: backward_rows, backward_q, backward_kv, backward_bias [, reduce], reduce
 
-Nothing is read from the device and nothing waits for it. Results that are asked for are filled by the
-kernels; workspace comes from CuPy's allocator and is given back as its stream gets there.
+Nothing is read from the device and nothing waits for it. Results that are asked for are filled by
+the kernels; workspace comes from CuPy's allocator and is given back as its stream gets there.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ _MOST_SPLITS = 256
 _PACKED_ROWS = 64  # query rows of a whole group up to which they share a tile
 
 _BYTES, _ELEMENTS, _VECTORS = range(3)  # enum Access
-_KINDS = {"bool": 0, "float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}  # enum Kind
+_KINDS: dict[Any, int] = {}  # enum Kind, by dtype; filled as dtypes are met
+_KIND_NAMES = ("bool", "float16", "bfloat16", "float32", "float64")
 
 
 def forward(problem: Problem, out: Any, lse: Any) -> None:
     """Fill `out` and `lse`."""
     if out.size == 0 and lse.size == 0:
         return
-    with _Call(problem) as call:
-        p = problem
-        arrays = call.inputs() | {"out": call.array(out), "lse": call.rows(lse)}
-        packed = p.group > 1 and p.group * p.Lq <= _PACKED_ROWS
-        rows = p.group * p.Lq if packed else p.Lq
-        config = call.config("forward", rows)
-        tiles = -(-rows // config.Br)
-        pieces = max(1, -(-p.Dv // config.Dv)) if config.walk else 1
-        splits, split_keys = _split(p.Lk, config) if tiles == 1 and rows <= _PACKED_ROWS else (1, 0)
-        scalars: dict[str, Any] = {
-            "out_kind": _KINDS[out.dtype.name], "packed": int(packed), "tiles": tiles,
-            "pieces": pieces, "splits": splits, "split_keys": split_keys,
-        }  # fmt: skip
-        if splits > 1:
-            all_rows = p.batch * p.Hq * p.Lq * splits
-            partial_out = cupy.empty(all_rows * p.Dv, p.acc)
-            partial_lse = cupy.empty(all_rows, p.acc)
-            scalars |= {"partial_out": partial_out.data.ptr, "partial_lse": partial_lse.data.ptr}
-        heads = p.batch * (p.Hkv if packed else p.Hq)
-        call.launch(config, heads * tiles * pieces * splits, arrays, scalars)
-        if splits > 1:
-            call.launch(call.config("combine"), p.batch * p.Hq * p.Lq, arrays, scalars)
+    p, call = problem, _Call(problem)
+    arrays = call.inputs() | {"out": call.array(out), "lse": call.rows(lse)}
+    packed = p.group > 1 and p.group * p.Lq <= _PACKED_ROWS
+    rows = p.group * p.Lq if packed else p.Lq
+    config = call.config("forward", rows)
+    tiles = -(-rows // config.Br)
+    pieces = max(1, -(-p.Dv // config.Dv)) if config.walk else 1
+    splits, split_keys = _split(p.Lk, config) if tiles == 1 and rows <= _PACKED_ROWS else (1, 0)
+    scalars: dict[str, Any] = {
+        "out_kind": _kind(out), "packed": int(packed), "tiles": tiles,
+        "pieces": pieces, "splits": splits, "split_keys": split_keys,
+    }  # fmt: skip
+    if splits > 1:
+        all_rows = p.batch * p.Hq * p.Lq * splits
+        partial_out = cupy.empty(all_rows * p.Dv, p.acc)
+        partial_lse = cupy.empty(all_rows, p.acc)
+        scalars |= {"partial_out": partial_out.data.ptr, "partial_lse": partial_lse.data.ptr}
+    heads = p.batch * (p.Hkv if packed else p.Hq)
+    call.launch(config, heads * tiles * pieces * splits, arrays, scalars)
+    if splits > 1:
+        call.launch(call.config("combine"), p.batch * p.Hq * p.Lq, arrays, scalars)
 
 
 def _split(Lk: int, config: Config) -> tuple[int, int]:
@@ -71,53 +71,53 @@ def backward(
 ) -> None:  # fmt: skip
     """Fill the gradients that are not None."""
     p = problem
-    with _Call(problem) as call:
-        if p.batch * p.Hq * p.Lq == 0:
-            for gradient in (dk, dv, dsinks, dalibi_slopes):
-                if gradient is not None and gradient.size:
-                    gradient.view(f"u{gradient.itemsize}").fill(0)  # all dtypes know that
-            return
-        rows = p.batch * p.Hq * -(-p.Lq // _ROW_PAD) * _ROW_PAD
-        row_lse, row_delta = cupy.empty(rows, p.acc), cupy.empty(rows, p.acc)
-        arrays = call.inputs() | {
-            "dout": call.array(dout), "out": call.array(out), "lse": call.rows(lse),
-            "dlse": NO_ARRAY if dlse is None else call.rows(dlse),
-        }  # fmt: skip
-        scalars: dict[str, Any] = {
-            "out_kind": _KINDS[out.dtype.name],
-            "row_lse": row_lse.data.ptr, "row_delta": row_delta.data.ptr,
-            "splits": 1, "pieces": 1,
-        }  # fmt: skip
-        config = call.config("backward_rows")
-        call.launch(config, -(-rows // config.warps), arrays, scalars)
+    call = _Call(problem)
+    if p.batch * p.Hq * p.Lq == 0:
+        for gradient in (dk, dv, dsinks, dalibi_slopes):
+            if gradient is not None and gradient.size:
+                gradient.view(f"u{gradient.itemsize}").fill(0)  # all dtypes know that
+        return
+    rows = p.batch * p.Hq * -(-p.Lq // _ROW_PAD) * _ROW_PAD
+    row_lse, row_delta = cupy.empty(rows, p.acc), cupy.empty(rows, p.acc)
+    arrays = call.inputs() | {
+        "dout": call.array(dout), "out": call.array(out), "lse": call.rows(lse),
+        "dlse": NO_ARRAY if dlse is None else call.rows(dlse),
+    }  # fmt: skip
+    scalars: dict[str, Any] = {
+        "out_kind": _kind(out),
+        "row_lse": row_lse.data.ptr, "row_delta": row_delta.data.ptr,
+        "splits": 1, "pieces": 1,
+    }  # fmt: skip
+    config = call.config("backward_rows")
+    call.launch(config, -(-rows // config.warps), arrays, scalars)
 
+    if dalibi_slopes is not None:
+        row_sum = cupy.empty(rows, p.acc)
+    if dq is not None or dalibi_slopes is not None:
+        config = call.config("backward_q")
+        more = {"tiles": -(-p.Lq // config.Br)}
+        more["pieces"] = max(1, -(-p.D // config.D)) if config.walk else 1
         if dalibi_slopes is not None:
-            row_sum = cupy.empty(rows, p.acc)
-        if dq is not None or dalibi_slopes is not None:
-            config = call.config("backward_q")
-            more = {"tiles": -(-p.Lq // config.Br)}
-            more["pieces"] = max(1, -(-p.D // config.D)) if config.walk else 1
-            if dalibi_slopes is not None:
-                more["row_sum"] = row_sum.data.ptr
-            blocks = p.batch * p.Hq * more["tiles"] * more["pieces"]
-            given = {} if dq is None else {"dq": call.array(dq)}
-            call.launch(config, blocks, arrays | given, scalars | more)
-        if (dk is not None or dv is not None) and p.Lk:
-            config = call.config("backward_kv")
-            more = {"tiles": -(-p.Lk // config.Bc)}
-            widest = max(p.D, p.Dv) if config.walk else config.D
-            more["pieces"] = max(1, -(-widest // config.out_columns))
-            given = {n: call.array(x) for n, x in (("dk", dk), ("dv", dv)) if x is not None}
-            blocks = p.batch * p.Hkv * more["tiles"] * more["pieces"]
-            call.launch(config, blocks, arrays | given, scalars | more)
-        if dbias is not None and dbias.size:
-            _bias(call, dbias, arrays, scalars)
-        if dsinks is not None:
-            more = {"sums": dsinks.data.ptr, "slices": 0}
-            call.launch(call.config("reduce"), p.Hq, arrays, scalars | more)
-        if dalibi_slopes is not None:
-            more = {"sums": dalibi_slopes.data.ptr, "slices": 0, "row_sum": row_sum.data.ptr}
-            call.launch(call.config("reduce"), p.Hq, arrays, scalars | more)
+            more["row_sum"] = row_sum.data.ptr
+        blocks = p.batch * p.Hq * more["tiles"] * more["pieces"]
+        given = {} if dq is None else {"dq": call.array(dq)}
+        call.launch(config, blocks, arrays | given, scalars | more)
+    if (dk is not None or dv is not None) and p.Lk:
+        config = call.config("backward_kv")
+        more = {"tiles": -(-p.Lk // config.Bc)}
+        widest = max(p.D, p.Dv) if config.walk else config.D
+        more["pieces"] = max(1, -(-widest // config.out_columns))
+        given = {n: call.array(x) for n, x in (("dk", dk), ("dv", dv)) if x is not None}
+        blocks = p.batch * p.Hkv * more["tiles"] * more["pieces"]
+        call.launch(config, blocks, arrays | given, scalars | more)
+    if dbias is not None and dbias.size:
+        _bias(call, dbias, arrays, scalars)
+    if dsinks is not None:
+        more = {"sums": dsinks.data.ptr, "slices": 0}
+        call.launch(call.config("reduce"), p.Hq, arrays, scalars | more)
+    if dalibi_slopes is not None:
+        more = {"sums": dalibi_slopes.data.ptr, "slices": 0, "row_sum": row_sum.data.ptr}
+        call.launch(call.config("reduce"), p.Hq, arrays, scalars | more)
 
 
 def _bias(call: _Call, dbias: Any, arrays: dict[str, Any], scalars: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ def _bias(call: _Call, dbias: Any, arrays: dict[str, Any], scalars: dict[str, An
         stride == 0 and size > 1 for stride, size in zip(dbias.strides, dbias.shape)
     )
     more: dict[str, Any] = {
-        "dbias_kind": _KINDS[dbias.dtype.name],
+        "dbias_kind": _kind(dbias),
         "head_sums": head, "row_sums": row, "column_sums": column,
         "row_tiles": row_tiles, "column_tiles": column_tiles,
         "batch_sums": math.prod(n for n, summed in zip(p.lead, lead) if summed),
@@ -162,6 +162,20 @@ def _bias(call: _Call, dbias: Any, arrays: dict[str, Any], scalars: dict[str, An
 _BIAS_BLOCKS = 64  # that share the sums of one plane of dbias
 
 
+def _kind(array: Any) -> int:
+    """The Kind of an array's dtype; 0 where there is no array."""
+    if array is None:
+        return 0
+    kind = _KINDS.get(array.dtype)
+    if kind is None:
+        kind = _KINDS[array.dtype] = _KIND_NAMES.index(array.dtype.name)
+    return kind
+
+
+def _pointer(array: Any) -> int:
+    return 0 if array is None else array.data.ptr
+
+
 class _Call:
     """One call: its device and stream, its arrays as kernels see them, its launches."""
 
@@ -178,20 +192,9 @@ class _Call:
             and 1e-30 < p.scale < 1e30  # else its product with log2(e) may leave float32
         )  # fmt: skip
         self.alive: list[Any] = []  # workspace that launches still read
-
-    def __enter__(self) -> _Call:
-        device = self.problem.q.device
-        self.switch = None
-        if device.id != cupy.cuda.runtime.getDevice():
-            self.switch = device
-            device.__enter__()
-        self.device: Device = device_of(device.id)
+        self.device: Device = device_of(cupy.cuda.runtime.getDevice())
         self.stream = cupy.cuda.get_current_stream().ptr
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.switch is not None:
-            self.switch.__exit__(*error)
+        self.options = self._options()
 
     def config(self, kernel: str, rows: int = 0) -> Config:
         p, device = self.problem, self.device
@@ -201,51 +204,47 @@ class _Call:
     def launch(
         self, config: Config, blocks: int, arrays: dict[str, Any], scalars: dict[str, Any]
     ) -> None:
-        values = self.options() | scalars
-        pack(arguments.block, arrays, values)
+        pack(arguments.block, arrays, self.options, scalars)
         launch(load(self.device, config), blocks, self.stream)
 
     def inputs(self) -> dict[str, tuple[int, ...]]:
         """The arrays of the problem itself."""
         p = self.problem
         arrays = {"q": self.array(p.q), "k": self.array(p.k), "v": self.array(p.v)}
-        for name in ("attn_mask", "bias"):
-            if (mask := getattr(p, name)) is not None:
-                arrays[name] = self.array(mask)
+        if p.attn_mask is not None:
+            arrays["attn_mask"] = self.array(p.attn_mask)
+        if p.bias is not None:
+            arrays["bias"] = self.array(p.bias)
         if p.q_segment_ids is not None:
             arrays["q_segment_ids"] = self.rows(p.q_segment_ids[..., None, :])
             arrays["kv_segment_ids"] = self.rows(p.kv_segment_ids[..., None, :])
         return arrays
 
-    def options(self) -> dict[str, Any]:
-        """The problem's numbers, by the names of the kernels' argument."""
+    def _options(self) -> tuple[Any, ...]:
+        """The values of OPTIONS in params.py."""
         p = self.problem
-        values: dict[str, Any] = {
-            "batch": p.batch, "Hq": p.Hq, "Hkv": p.Hkv, "group": p.group,
-            "Lq": p.Lq, "Lk": p.Lk, "D": p.D, "Dv": p.Dv, "scale": p.scale, "softcap": p.softcap,
-            "window_left": -1 if p.window_left is None else p.window_left,
-            "window_right": -1 if p.window_right is None else p.window_right,
-            "keep_scale": 1.0,
-        }  # fmt: skip
-        if p.causal_offset is not None:
-            if isinstance(p.causal_offset, int):
-                values["causal_offset"] = p.causal_offset
-            else:
-                values["causal_offsets"] = p.causal_offset.data.ptr
-        for name in ("q_lens", "kv_lens", "alibi_slopes", "sinks"):
-            if (array := getattr(p, name)) is not None:
-                values[name] = array.data.ptr
-        for name in ("attn_mask", "bias"):
-            if (array := getattr(p, name)) is not None:
-                values[f"{name}_kind"] = _KINDS[array.dtype.name]
+        offset, offsets = p.causal_offset, 0
+        if offset is None:
+            offset = 0
+        elif type(offset) is not int:
+            offset, offsets = 0, offset.data.ptr
+        seed, seed_at, threshold, keep_scale = 0, 0, 0, 1.0
         if p.dropout_p:
-            values["dropout_threshold"] = math.ceil(p.dropout_p * 2**32)
-            values["keep_scale"] = 1 / (1 - p.dropout_p) if p.dropout_p < 1 else 0.0
-            if isinstance(p.seed, int):
-                values["seed"] = p.seed
+            threshold = math.ceil(p.dropout_p * 2**32)
+            keep_scale = 1 / (1 - p.dropout_p) if p.dropout_p < 1 else 0.0
+            if type(p.seed) is int:
+                seed = p.seed
             else:
-                values["seed_at"] = p.seed.data.ptr
-        return values
+                seed_at = p.seed.data.ptr
+        return (
+            p.batch, p.Hq, p.Hkv, p.group, p.Lq, p.Lk, p.D, p.Dv, p.scale, p.softcap,
+            -1 if p.window_left is None else p.window_left,
+            -1 if p.window_right is None else p.window_right,
+            offset, offsets, _pointer(p.q_lens), _pointer(p.kv_lens),
+            _pointer(p.alibi_slopes), _pointer(p.sinks),
+            _kind(p.attn_mask), _kind(p.bias),
+            seed, seed_at, threshold, keep_scale,
+        )  # fmt: skip
 
     def array(self, array: Any) -> tuple[int, ...]:
         """An array (..., heads, rows, columns) as `Array` in kernels/arrays.cuh has it."""
@@ -277,9 +276,7 @@ class _Call:
         steps = [(n, stride) for n, stride in zip(shape, strides) if n != 1]
         if not steps:
             return 0, 0
-        if all(
-            outer[1] == inner[0] * inner[1] for outer, inner in zip(steps[:-1], steps[1:])
-        ):
+        if all(outer[1] == inner[0] * inner[1] for outer, inner in zip(steps[:-1], steps[1:])):
             return 0, steps[-1][1]
         return self.offsets(shape, strides, [False] * len(shape)), 0
 

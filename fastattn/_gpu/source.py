@@ -14,7 +14,9 @@ from fastattn._gpu.config import Config
 from fastattn._gpu.params import DECLARATION
 
 # In the order of use: each file reads what the ones before it declare.
-_SHARED = ("types.cuh", "mma.cuh", "arrays.cuh", "PARAMS", "pairs.cuh", "blocks.cuh", "gradient.cuh")
+_SHARED = (
+    "types.cuh", "mma.cuh", "arrays.cuh", "PARAMS", "pairs.cuh", "blocks.cuh", "gradient.cuh",
+)  # fmt: skip
 _C_TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "float", "float64": "double"}
 
 

@@ -119,18 +119,21 @@ backward_kv(const __grid_constant__ Params p) {
         return Place{y * 8 + 2 * t + (e & 1), (warp * kM + m) * 16 + (e >> 1) * 8 + g};
       };
       const int last_row = min_of(row0 + kBr, entry.q_len) - 1;
-      if (kSplit && mode != kUsual) {
-        auto row = [&](const char* of, const Array& array, int r) {
-          return row0 + r < entry.q_len ? of + (row0 + r) * array.row : nullptr;
-        };
-        auto key = [&](const char* of, const Array& array, int c) {
-          return key0 + c < entry.kv_len ? of + (key0 + c) * array.row : nullptr;
-        };
-        repair(s, p.q, p.k, p.D, place, [&](Place at) { return row(p.q.at(b, step.h), p.q, at.r); },
-               [&](Place at) { return key(of_k, p.k, at.c); });
-        repair(dp, p.dout, p.v, p.Dv, place, [&](Place at) { return row(p.dout.at(b, step.h), p.dout, at.r); },
-               [&](Place at) { return key(of_v, p.v, at.c); });
-      }
+      auto row_at = [&](const char* of, const Array& array, int r) {
+        return row0 + r < entry.q_len ? of + (row0 + r) * array.row : nullptr;
+      };
+      auto key_at = [&](const char* of, const Array& array, int c) {
+        return key0 + c < entry.kv_len ? of + (key0 + c) * array.row : nullptr;
+      };
+      auto repair_scores = [&] {
+        if (kSplit && mode != kUsual)
+          repair(s, p.q, p.k, p.D, place, [&](Place at) { return row_at(p.q.at(b, step.h), p.q, at.r); },
+                 [&](Place at) { return key_at(of_k, p.k, at.c); });
+      };
+      repair_scores();
+      if (kSplit && mode != kUsual)
+        repair(dp, p.dout, p.v, p.Dv, place, [&](Place at) { return row_at(p.dout.at(b, step.h), p.dout, at.r); },
+               [&](Place at) { return key_at(of_v, p.v, at.c); });
       score(p, s, added, mode == kUsual && all_pairs(entry, row0, last_row, key0, kBc), place,
             [&](int m, int half) { return rows_of_key(entry, key0 + hidden(place(m, 0, 2 * half).c), row0); });
       // s becomes z P (without z's constant factor), dp becomes dS.
@@ -165,6 +168,7 @@ backward_kv(const __grid_constant__ Params p) {
       if (p.softcap != 0 && mode != kTaint) {
         clear(s);
         multiply_k_q();
+        repair_scores();
         for_each(dp, [&](Acc& ds, int m, int n, int e) { ds = ds == 0 ? 0 : ds * slope(p, s[m][n][e]); });
       }
 #endif

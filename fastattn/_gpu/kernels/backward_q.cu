@@ -67,7 +67,8 @@ backward_q(const __grid_constant__ Params p) {
   const Acc ones[kM][2] = {};
 
   for (int mode = kUsual;; mode = mode == kUsual ? kClean : kTaint) {
-    Acc dq[kM][kO][4], distances[kM][2];
+    Acc dq[kM][kO][4];
+    double distances[kM][2];
     clear(dq);
 #pragma unroll
     for (int m = 0; m < kM; m++) distances[m][0] = distances[m][1] = 0;
@@ -110,18 +111,21 @@ backward_q(const __grid_constant__ Params p) {
       auto place = [&](int m, int x, int e) {
         return Place{(warp * kM + m) * 16 + (e >> 1) * 8 + g, x * 8 + 2 * t + (e & 1)};
       };
-      if (kSplit && mode != kUsual) {
-        auto row = [&](const char* of, const Array& array, int r) {
-          return row0 + r < entry.q_len ? of + (row0 + r) * array.row : nullptr;
-        };
-        auto key = [&](const char* of, const Array& array, int c) {
-          return n * kBc + c < entry.kv_len ? of + (n * kBc + c) * array.row : nullptr;
-        };
-        repair(s, p.q, p.k, p.D, place, [&](Place at) { return row(of_q, p.q, at.r); },
-               [&](Place at) { return key(of_k, p.k, at.c); });
-        repair(dp, p.dout, p.v, p.Dv, place, [&](Place at) { return row(of_o, p.dout, at.r); },
-               [&](Place at) { return key(of_v, p.v, at.c); });
-      }
+      auto row_at = [&](const char* of, const Array& array, int r) {
+        return row0 + r < entry.q_len ? of + (row0 + r) * array.row : nullptr;
+      };
+      auto key_at = [&](const char* of, const Array& array, int c) {
+        return n * kBc + c < entry.kv_len ? of + (n * kBc + c) * array.row : nullptr;
+      };
+      auto repair_scores = [&] {
+        if (kSplit && mode != kUsual)
+          repair(s, p.q, p.k, p.D, place, [&](Place at) { return row_at(of_q, p.q, at.r); },
+                 [&](Place at) { return key_at(of_k, p.k, at.c); });
+      };
+      repair_scores();
+      if (kSplit && mode != kUsual)
+        repair(dp, p.dout, p.v, p.Dv, place, [&](Place at) { return row_at(of_o, p.dout, at.r); },
+               [&](Place at) { return key_at(of_v, p.v, at.c); });
       score(p, s, added, mode == kUsual && all_pairs(entry, row0, last, n * kBc, kBc), place,
             [&](int m, int half) { return keys_of_row(entry, row0 + hidden(place(m, 0, 2 * half).r), n * kBc); });
       auto make_ds = [&](auto care) {
@@ -136,15 +140,22 @@ backward_q(const __grid_constant__ Params p) {
       };
       mode == kUsual ? make_ds(Usual()) : make_ds(Careful());
 #if kGeneral
-      if (p.row_sum)
+      if (p.row_sum) {
+        Acc sum[kM][2] = {};
         for_each(dp, [&](Acc& ds, int m, int y, int e) {
           const Place at = place(m, y, e);
           const i64 distance = row0 + at.r + entry.offset - (n * kBc + at.c);
-          distances[m][e >> 1] += ds == 0 ? 0 : ds * (Acc)(distance < 0 ? -distance : distance);
+          sum[m][e >> 1] += ds == 0 ? 0 : ds * (Acc)(distance < 0 ? -distance : distance);
         });
+#pragma unroll
+        for (int m = 0; m < kM; m++)
+#pragma unroll
+          for (int half = 0; half < 2; half++) distances[m][half] += sum[m][half];
+      }
       if (p.softcap != 0 && mode != kTaint) {
         clear(s);
         multiply_q_k();
+        repair_scores();
         for_each(dp, [&](Acc& ds, int m, int y, int e) { ds = ds == 0 ? 0 : ds * slope(p, s[m][y][e]); });
       }
 #endif
@@ -179,7 +190,7 @@ backward_q(const __grid_constant__ Params p) {
       for (int m = 0; m < kM; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const Acc sum = quad_sum(distances[m][half]);
+          const Acc sum = (Acc)quad_sum(distances[m][half]);
           const i64 row = row_start(p, b, h) + row0 + (warp * kM + m) * 16 + half * 8 + g;
           if (t == 0) ((Acc*)p.row_sum)[row] = sum;
         }

@@ -20,6 +20,8 @@
 // out the columns of V.
 
 constexpr int kM = kBr / (16 * kWarps), kN = kBc / 8, kO = kDv / 8;
+// Truncated sums of more than 128 products would be felt in lse.
+constexpr int kScoreParts = sizeof(Tile) == 2 && kD > 128 ? 8 : kParts;
 constexpr int kStage = kDv + 4;  // Acc numbers from row to row of results on their way out
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
@@ -117,7 +119,7 @@ forward(const __grid_constant__ Params p) {
         load_v(n);
         if (n + 1 < to) load_k(sK + (n + 1 - from) % 2 * kBuffer, n + 1, 0);
         else copies_commit();
-        multiply_rows<kD / kStep>(s, warp_q, pitch_of(kD), sK + (n - from) % 2 * kBuffer, pitch_of(kD));
+        multiply_rows<kD / kStep, kScoreParts>(s, warp_q, pitch_of(kD), sK + (n - from) % 2 * kBuffer, pitch_of(kD));
       }
       auto place = [&](int m, int x, int e) {
         return Place{(warp * kM + m) * 16 + (e >> 1) * 8 + g, x * 8 + 2 * t + (e & 1)};

@@ -16,11 +16,13 @@ template <bool kCareful>
 DEVICE Gradient gradient(const Params& p, Acc s, Acc z_dp, Acc lse, Acc delta, int mode) {
   if (kCareful && (s == -infinity(Acc()) || lse == infinity(Acc()))) return {0, 0};
   if (kCareful && mode == kTaint) return {1, 1};
-#if kGeneral
-  const Acc probable = exp2_of((s - lse) * (Acc)kLog2e);
-#else
-  const Acc probable = exp2_of(fma_of(s, (Acc)(p.scale * kLog2e), -lse * (Acc)kLog2e));
-#endif
+  Acc probable;
+  if (kGeneral || sizeof(Tile) > 2) {  // lse log2(e), rounded, would be felt
+    const Acc exponent = kGeneral ? s - lse : fma_of(s, (Acc)p.scale, -lse);
+    probable = exp_of(exponent);
+  } else {
+    probable = exp2_of(fma_of(s, (Acc)(p.scale * kLog2e), -lse * (Acc)kLog2e));
+  }
   return {probable, probable * (z_dp - delta)};
 }
 struct Careful { static constexpr bool value = true; };

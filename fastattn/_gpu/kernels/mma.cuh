@@ -256,16 +256,18 @@ DEVICE void clear(Acc (&c)[M][N][4]) {
     for (int n = 0; n < N; n++) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0;
 }
 
-// c += rows of a x rows of b: both tiles go along the sum. `a` is the warp's first row. float32 sums
-// leave the tensor cores every kExact steps.
-constexpr int kExact = 4;
+// c += rows of a x rows of b: both tiles go along the sum. `a` is the warp's first row. With kParts
+// the sum leaves its accumulator every so many steps, which keeps long sums accurate (tensor cores
+// truncate); 0 is never.
+constexpr int kParts = sizeof(Tile) == 2 ? 0 : 4;
 
-template <int kSteps, int M, int N>
+template <int kSteps, int kEvery = kParts, int M, int N>
 DEVICE void multiply_rows(Acc (&c)[M][N][4], const Tile* a, int pitch_a, const Tile* b, int pitch_b) {
-  Acc part[kSplit ? M : 1][kSplit ? N : 1][4], small[kSplit ? M : 1][kSplit ? N : 1][4];
+  constexpr bool kApart = kEvery != 0 && kEvery < kSteps || kSplit;
+  Acc part[kApart ? M : 1][kApart ? N : 1][4], small[kSplit ? M : 1][kSplit ? N : 1][4];
 #pragma unroll
   for (int k = 0; k < kSteps; k++) {
-    if (kSplit && k % kExact == 0) {
+    if (kApart && k % kEvery == 0) {
       clear(part);
       clear(small);
     }
@@ -281,16 +283,21 @@ DEVICE void multiply_rows(Acc (&c)[M][N][4], const Tile* a, int pitch_a, const T
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           if constexpr (kSplit) multiply_add(part[m][n + i], small[m][n + i], fa[m], fb[i]);
+          else if constexpr (kApart) multiply_add(part[m][n + i], part[m][n + i], fa[m], fb[i]);
           else multiply_add(c[m][n + i], c[m][n + i], fa[m], fb[i]);
         }
     }
-    if (kSplit && (k % kExact == kExact - 1 || k == kSteps - 1)) {
+    if constexpr (kApart) {
+      if (k % kEvery == kEvery - 1 || k == kSteps - 1)
 #pragma unroll
-      for (int m = 0; m < M; m++)
+        for (int m = 0; m < M; m++)
 #pragma unroll
-        for (int n = 0; n < N; n++)
+          for (int n = 0; n < N; n++)
 #pragma unroll
-          for (int e = 0; e < 4; e++) c[m][n][e] += part[kSplit ? m : 0][kSplit ? n : 0][e] + small[kSplit ? m : 0][kSplit ? n : 0][e];
+            for (int e = 0; e < 4; e++) {
+              if constexpr (kSplit) c[m][n][e] += part[m][n][e] + small[m][n][e];
+              else c[m][n][e] += part[m][n][e];
+            }
     }
   }
 }

@@ -4,7 +4,8 @@
 // full; only tiles that a bound cuts are masked. The options of kGeneral (masks, bias, ALiBi, segments,
 // dropout) become a tile of its own in shared memory, which holds what is added to each score.
 
-constexpr int kFar = 1 << 30;  // beyond any axis
+constexpr int kFar = 1 << 30;               // beyond any axis
+constexpr i64 kFarthest = (i64)1 << 61;     // an offset of the device's may be anything
 
 struct Row { int i, h; };  // a query and its head; i = kFar where there is none
 
@@ -20,6 +21,7 @@ DEVICE Entry entry_of(const Params& p, int b) {
   Entry e;
   e.b = b;
   e.offset = p.causal_offsets ? p.causal_offsets[b] : p.causal_offset;
+  e.offset = max_of(min_of(e.offset, kFarthest), -kFarthest);
   e.q_len = p.q_lens ? (int)max_of(min_of(p.q_lens[b], p.Lq), (i64)0) : (int)p.Lq;
   e.kv_len = p.kv_lens ? (int)max_of(min_of(p.kv_lens[b], p.Lk), (i64)0) : (int)p.Lk;
   e.below = p.window_left < 0 ? -kFar : clamp_far(e.offset - p.window_left);
@@ -68,7 +70,8 @@ constexpr int kAddedPitch = kBc + 4;
 
 #if kGeneral
 // What is added to the scores of a tile of kBr rows and kBc keys from `j0` on, -inf where a pair is
-// excluded, and a bit for each pair that dropout keeps. row_at(r) gives a row. Every option is read here and nowhere else.
+// excluded, and a bit for each pair that dropout keeps. row_at(r) gives a row. These options are read
+// here and nowhere else.
 template <class RowAt>
 DEVICE void fill_added(const Params& p, const Entry& entry, Acc* added, u8* kept, int j0, RowAt row_at) {
   const char* const mask = p.attn_mask.data ? p.attn_mask.at(entry.b, 0) : nullptr;

@@ -91,6 +91,8 @@ DEVICE float exp2_of(float x) {
   return y;
 }
 DEVICE double exp2_of(double x) { return exp2(x); }
+DEVICE float exp_of(float x) { return exp2_of(x * (float)kLog2e); }
+DEVICE double exp_of(double x) { return exp(x); }
 DEVICE float log_of(float x) { return logf(x); }
 DEVICE double log_of(double x) { return log(x); }
 DEVICE float tanh_of(float x) { return tanhf(x); }
