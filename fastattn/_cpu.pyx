@@ -98,7 +98,7 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         int (*right_finite)(const void *, ptrdiff_t, int, int) noexcept nogil
         int (*row_finite)(const void *, int) noexcept nogil
         int (*backward_tile)(const fa_backward_tile *, int, int) noexcept nogil
-        void (*add_tile)(void *, const void *, int64_t) noexcept nogil
+        void (*add_tile)(double *, const void *, int64_t) noexcept nogil
         void (*add_distances)(void *, const void *, int, int, const void *) noexcept nogil
         void (*keep_above_neg_inf)(uint32_t *, const void *, int, int) noexcept nogil
         void (*keep_true)(uint32_t *, const fa_rows *) noexcept nogil

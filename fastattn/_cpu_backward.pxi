@@ -334,7 +334,7 @@ cdef void bias_task(const Job *job, Workspace *ws, int64_t task, const void *tas
     cdef double total
     cdef char *k_base
     cdef char *v_base
-    memset(ws.dbias, 0, ceil_div(job.Br, job.panel) * tile * kr.real_bytes)
+    memset(ws.dbias, 0, ceil_div(job.Br, job.panel) * tile * sizeof(double))
     for b in range(job.batch):
         for head in range(job.Hq):
             if at(job, &job.dbias, b, head) != target:
@@ -353,7 +353,7 @@ cdef void bias_task(const Job *job, Workspace *ws, int64_t task, const void *tas
                     for p in range(ws.panels):
                         state = backward_panel(job, ws, p, k_base, v_base, k0, k1, &low, &high)
                         if state != EMPTY:
-                            kr.add_tile(reals(job, ws.dbias, p * tile + (low - k0) * job.panel), ws.dp,
+                            kr.add_tile(ws.dbias + p * tile + (low - k0) * job.panel, ws.dp,
                                         (high - low) * job.panel)
                     k0 += job.Bc
                 i += job.Br
@@ -370,8 +370,7 @@ cdef inline void fold(const Job *job, Workspace *ws, int r0, int r1, int j0, int
     cdef int r, j
     for r in range(r0, r1):
         for j in range(j0, j1):
-            total[0] += get(job.kernels, ws.dbias, (<ptrdiff_t> (r // job.panel) * job.Bc + j) * job.panel
-                            + r % job.panel)
+            total[0] += ws.dbias[(<ptrdiff_t> (r // job.panel) * job.Bc + j) * job.panel + r % job.panel]
 
 
 cdef void backward_bias(const Job *job, int threads, axes) except *:

@@ -76,7 +76,7 @@ cdef struct Workspace:
     void *lse
     void *shift
     void *dslope
-    void *dbias
+    double *dbias
     # rows of the block at hand
     int64_t b
     int rows, panels
@@ -162,7 +162,7 @@ cdef size_t lay_out(const Job *job, Workspace *ws, char *base) noexcept nogil:
         ws.lse = carve(base, &used, rows * real)
         ws.shift = carve(base, &used, rows * real)
         ws.dslope = carve(base, &used, rows * real)
-        ws.dbias = carve(base, &used, panels * tile * real if job.dbias.dtype != FA_NONE else 0)
+        ws.dbias = <double *> carve(base, &used, panels * tile * 8 if job.dbias.dtype != FA_NONE else 0)
     else:
         ws.p = carve(base, &used, key_pairs * job.panel * unit) if kr.pair == 2 else ws.s
         ws.v_tile = carve(base, &used, 0 if job.v_in_place else key_pairs * job.Dv_cols * unit)

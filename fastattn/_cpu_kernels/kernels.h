@@ -129,8 +129,8 @@ typedef struct {
     int (*row_finite)(const void *x, int n);
     // Returns whether a score was -inf: such a pair is excluded too, though keep does not say so.
     int (*backward_tile)(const fa_backward_tile *x, int panel, int keys);
-    // sum[i] += x[i]
-    void (*add_tile)(void *sum, const void *x, int64_t n);
+    // sum[i] += x[i], in float64: a bias of few elements is the sum of very many
+    void (*add_tile)(double *sum, const void *x, int64_t n);
     // sum[lane] += sum over the keys of t |centre - key|
     void (*add_distances)(void *sum, const void *t, int panel, int keys, const void *centre);
 

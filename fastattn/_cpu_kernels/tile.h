@@ -548,8 +548,7 @@ static int backward_tile(const fa_backward_tile *x, int panel, int keys) {
     return v_bits(any_lost) != 0;
 }
 
-static void add_tile(void *sum_, const void *x_, int64_t n) {
-    real *sum = sum_;
+static void add_tile(double *sum, const void *x_, int64_t n) {
     const real *x = x_;
     for (int64_t i = 0; i < n; i++) sum[i] += x[i];
 }

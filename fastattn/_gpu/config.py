@@ -2,7 +2,7 @@
 
 A configuration is everything a kernel's source is specialised by. `FAMILIES` names the kernel
 families by the oldest architecture they run on; the rules below give the tiles of a family for a
-dtype and a head size; `CONFIGS` lists all that follows from them. Launcher, tests, compile checks
+dtype and a head size; `configs` lists all that follows from them. Launcher, tests, compile checks
 and `show_config` read this module, which imports no CuPy.
 """
 

@@ -24,7 +24,7 @@ LONGEST = 1 << 29  # rows or keys: positions are 32-bit in kernels, and twice th
 _ROW_PAD = 128  # kRowPad in kernels/gradient.cuh
 _SPLIT_KEYS = 512  # keys of a split, and at most so many splits:
 _MOST_SPLITS = 256
-_PACKED_ROWS = 64  # query rows of a whole group up to which they share a tile
+_FEW_ROWS = 64  # query rows of a whole group up to which they share a tile, and split their keys
 
 _BYTES, _ELEMENTS, _VECTORS = range(3)  # enum Access
 _KINDS: dict[Any, int] = {}  # enum Kind, by dtype; filled as dtypes are met
@@ -37,12 +37,13 @@ def forward(problem: Problem, out: Any, lse: Any) -> None:
         return
     p, call = problem, _Call(problem)
     arrays = call.inputs() | {"out": call.array(out), "lse": call.rows(lse)}
-    packed = p.group > 1 and p.group * p.Lq <= _PACKED_ROWS
+    few = p.group * p.Lq <= _FEW_ROWS
+    packed = few and p.group > 1
     rows = p.group * p.Lq if packed else p.Lq
     config = call.config("forward", rows)
     tiles = -(-rows // config.Br)
     pieces = max(1, -(-p.Dv // config.Dv)) if config.walk else 1
-    splits, split_keys = _split(p.Lk, config) if tiles == 1 and rows <= _PACKED_ROWS else (1, 0)
+    splits, split_keys = _split(p.Lk, config) if few else (1, 0)
     scalars: dict[str, Any] = {
         "out_kind": _kind(out), "packed": int(packed), "tiles": tiles,
         "pieces": pieces, "splits": splits, "split_keys": split_keys,

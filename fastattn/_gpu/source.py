@@ -7,7 +7,6 @@ shared files in their order, then the kernel. `kernels/` is read once.
 from __future__ import annotations
 
 import functools
-import hashlib
 from importlib import resources
 
 from fastattn._gpu.config import Config
@@ -46,11 +45,3 @@ def assemble(config: Config) -> str:
     choice += [f"using Acc = {acc};"]
     files = [_text(name) for name in (*_SHARED, f"{config.kernel}.cu")]
     return "\n".join([*head, files[0], *choice, *files[1:]])
-
-
-@functools.cache
-def fingerprint() -> str:
-    """A short digest of the sources, for reports."""
-    names = sorted(path.name for path in (resources.files(__package__) / "kernels").iterdir())
-    text = "".join(map(_text, (*names, "PARAMS")))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
