@@ -392,13 +392,13 @@ def test_splits_cover_the_keys(driver):
 class Standin(np.ndarray):
     """A NumPy array whose address is where a CuPy array has it."""
 
-    data = property(lambda self: types.types.SimpleNamespace(ptr=self.ctypes.data))
+    data = property(lambda self: types.SimpleNamespace(ptr=self.ctypes.data))
 
 
 @pytest.fixture
 def call(driver, monkeypatch):
     """A call that describes Standins."""
-    library = types.types.SimpleNamespace(
+    library = types.SimpleNamespace(
         zeros=lambda shape, dtype: np.zeros(shape, dtype).view(Standin), arange=np.arange
     )
     monkeypatch.setattr(driver, "cupy", library)
