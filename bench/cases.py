@@ -130,9 +130,8 @@ def numpy_dtype(name: str) -> np.dtype:
     return np.dtype(name)
 
 
-def make_inputs(case: Case, seed: int = 0) -> list[np.ndarray]:
-    """q, k, v and, for the backward, dout: standard normal, the same for the same seed."""
-    rng = np.random.default_rng(seed)
+def input_shapes(case: Case) -> list[tuple[int, ...]]:
+    """The shapes of q, k, v and, for the backward, dout."""
     shapes = [
         (case.B, case.Hq, case.Lq, case.D),
         (case.B, case.Hkv, case.Lk, case.D),
@@ -140,6 +139,12 @@ def make_inputs(case: Case, seed: int = 0) -> list[np.ndarray]:
     ]
     if case.direction == "backward":
         shapes.append((case.B, case.Hq, case.Lq, case.Dv))
+    return shapes
+
+
+def make_inputs(case: Case, seed: int = 0) -> list[np.ndarray]:
+    """q, k, v and, for the backward, dout: standard normal, the same for the same seed."""
+    rng = np.random.default_rng(seed)
     dtype = numpy_dtype(case.dtype)
-    normal = (rng.standard_normal(shape, dtype=np.float32) for shape in shapes)
+    normal = (rng.standard_normal(shape, dtype=np.float32) for shape in input_shapes(case))
     return [array.astype(dtype, copy=False) for array in normal]

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from cases import Case, numpy_dtype
+from cases import Case, input_shapes, numpy_dtype
 from checks import sample_groups
 
 BLOCK_SCORES = 1 << 24  # of the float64 blocks that results are computed in
@@ -46,15 +46,9 @@ def make_inputs(case: Case, seed: int) -> list[Any]:
     """q, k, v and, for the backward, dout: standard normal, the same for the same seed."""
     import cupy as cp
 
-    shapes = [
-        (case.B, case.Hq, case.Lq, case.D),
-        (case.B, case.Hkv, case.Lk, case.D),
-        (case.B, case.Hkv, case.Lk, case.Dv),
-    ]
-    if case.direction == "backward":
-        shapes.append((case.B, case.Hq, case.Lq, case.Dv))
     rng = cp.random.default_rng(seed)
-    return [narrow(rng.standard_normal(shape, dtype=cp.float32), case.dtype) for shape in shapes]
+    normal = (rng.standard_normal(shape, dtype=cp.float32) for shape in input_shapes(case))
+    return [narrow(array, case.dtype) for array in normal]
 
 
 def narrow(array: Any, dtype: str) -> Any:

@@ -61,12 +61,12 @@ class Nvrtc:
     def __init__(self, path):
         for builtins in path.parent.glob("libnvrtc-builtins.so*"):  # else looked for elsewhere
             ctypes.CDLL(builtins, ctypes.RTLD_GLOBAL)
-        self.library = ctypes.CDLL(path)
-        self.library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        self.nvrtc = ctypes.CDLL(path)
+        self.nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
 
     def call(self, name, *arguments):
-        error = getattr(self.library, f"nvrtc{name}")(*arguments)
-        assert not error, f"{name}: {self.library.nvrtcGetErrorString(error).decode()}"
+        error = getattr(self.nvrtc, f"nvrtc{name}")(*arguments)
+        assert not error, f"{name}: {self.nvrtc.nvrtcGetErrorString(error).decode()}"
 
     def archs(self):
         count = ctypes.c_int()
@@ -84,7 +84,7 @@ class Nvrtc:
             "CreateProgram", ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None
         )
         try:
-            error = self.library.nvrtcCompileProgram(program, len(options), given)
+            error = self.nvrtc.nvrtcCompileProgram(program, len(options), given)
             self.call("GetProgramLogSize", program, ctypes.byref(size))
             log = ctypes.create_string_buffer(size.value)
             self.call("GetProgramLog", program, log)
