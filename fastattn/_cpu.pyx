@@ -61,6 +61,7 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         int32_t rows, cols, depth
         const void *alpha
         const int32_t *row_depth
+        int32_t cold
     ctypedef struct fa_selection:
         const uint32_t *keep
         ptrdiff_t ld
@@ -79,6 +80,12 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         void *ds
         void *ds_keys
         ptrdiff_t ld
+        const void *k
+        const void *q
+        const void *next_k
+        const void *next_v
+        ptrdiff_t ldk, ldv
+        int32_t D, Dv
     ctypedef struct fa_kernels:
         const char *type
         int32_t real_bytes, unit_bytes, pair, lanes, Br, Bc, Br_backward, Bc_backward, MR, NR
@@ -98,6 +105,7 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         int (*right_finite)(const void *, ptrdiff_t, int, int) noexcept nogil
         int (*row_finite)(const void *, int) noexcept nogil
         int (*backward_tile)(const fa_backward_tile *, int, int) noexcept nogil
+        int (*backward_plain)(const fa_backward_tile *, int, int) noexcept nogil
         void (*add_tile)(double *, const void *, int64_t) noexcept nogil
         void (*add_distances)(void *, const void *, int, int, const void *) noexcept nogil
         void (*keep_above_neg_inf)(uint32_t *, const void *, int, int) noexcept nogil

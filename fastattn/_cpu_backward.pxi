@@ -56,6 +56,7 @@ cdef int backward_panel(const Job *job, Workspace *ws, int p, char *k_base, char
     cdef uint32_t *keep = ws.keep + <ptrdiff_t> p * job.Bc
     cdef int rows = min(job.panel, ws.rows - p * job.panel), state = EMPTY, n = 0, j
     cdef fa_backward_tile x
+    cdef bint plain
     cdef ptrdiff_t lanes = <ptrdiff_t> ceil_div(job.Br, job.panel) * job.panel
     if panel_keys(job, ws, p, k0, k1, low, high):
         n = <int> (high[0] - low[0])
@@ -77,16 +78,21 @@ cdef int backward_panel(const Job *job, Workspace *ws, int p, char *k_base, char
               ws.k_tile, &ws.k_left, &ws.ldk)
     load_left(job, ws, &job.v, v_base, k0, k1, job.Dv, job.Dv_units, job.v_in_place, ws.v_tile,
               &ws.v_left, &ws.ldv)
-    kr.scores(ws.s, job.panel, units(job, ws.k_left, (low[0] - k0) * ws.ldk), ws.ldk,
-              units(job, ws.q_lanes, <ptrdiff_t> p * job.panel * job.D_units), n, job.D_units, ws.tile_max)
-    if job.adjusted:
-        adjust_tile(job, ws, p, low[0], n, ws.gain)
-    kr.scores(ws.dp, job.panel, units(job, ws.v_left, (low[0] - k0) * ws.ldv), ws.ldv,
-              units(job, ws.do_lanes, <ptrdiff_t> p * job.panel * job.Dv_units), n, job.Dv_units, ws.tile_max)
+    x.k = units(job, ws.k_left, (low[0] - k0) * ws.ldk)
+    x.ldk = ws.ldk
+    x.q = units(job, ws.q_lanes, <ptrdiff_t> p * job.panel * job.D_units)
+    x.D = job.D_units
+    x.ldv = ws.ldv
+    x.Dv = job.Dv_units
+    x.next_k = x.next_v = NULL
+    if p == ws.panels - 1 and job.k_in_place and job.v_in_place and k1 < ws.end_key:
+        x.next_k = k_base + k1 * job.k.row
+        x.next_v = v_base + k1 * job.v.row
     x.s = ws.s
     x.dp = ws.dp
-    x.keep = keep + (low[0] - k0) if state == PARTIAL or rows < job.panel else NULL
-    x.drop = draw_dropout(job, ws, p, low[0], n)
+    # A lane past the last row counts only if it shares a unit with that row.
+    x.keep = keep + (low[0] - k0) if state == PARTIAL or rows % kr.pair != 0 else NULL
+    x.drop = NULL
     x.scale = 1 if job.adjusted else job.scale
     x.drop_scale = job.drop_scale
     x.lse = reals(job, ws.lse, p * job.panel)
@@ -96,9 +102,18 @@ cdef int backward_panel(const Job *job, Workspace *ws, int p, char *k_base, char
     x.p = units(job, ws.p, (low[0] - k0) * x.ld + p * job.panel // kr.pair)
     x.ds = units(job, ws.ds, (low[0] - k0) * x.ld + p * job.panel // kr.pair)
     x.ds_keys = units(job, ws.ds_keys, (low[0] - k0) // 2 * lanes + p * job.panel)
-    if kr.backward_tile(&x, job.panel, n):
-        kr.keep_above_neg_inf(keep + (low[0] - k0), ws.s, job.panel, n)
-        state = PARTIAL
+    kr.scores(ws.dp, job.panel, units(job, ws.v_left, (low[0] - k0) * ws.ldv), ws.ldv,
+              units(job, ws.do_lanes, <ptrdiff_t> p * job.panel * job.Dv_units), n, job.Dv_units,
+              ws.tile_max)
+    plain = x.keep == NULL and not job.adjusted and job.threshold == 0
+    if not plain or kr.backward_plain(&x, job.panel, n):
+        kr.scores(ws.s, job.panel, x.k, x.ldk, x.q, n, x.D, ws.tile_max)
+        if job.adjusted:
+            adjust_tile(job, ws, p, low[0], n, ws.gain)
+        x.drop = draw_dropout(job, ws, p, low[0], n)
+        if kr.backward_tile(&x, job.panel, n):
+            kr.keep_above_neg_inf(keep + (low[0] - k0), ws.s, job.panel, n)
+            state = PARTIAL
     return FULL if state == FULL and low[0] == k0 and high[0] == k1 else PARTIAL
 
 # Zeros for panel p in keys [j0, j1) of the tile.
@@ -168,6 +183,7 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
             x.a_depth = 1
             x.rows = <int> (end - first)
             x.depth = ceil_div(ws.rows, kr.pair)
+            x.cold = True
             if job.dv.dtype != FA_NONE:
                 x.a = units(job, ws.p, (first - k0) * x.a_row)
                 x.c = reals(job, dv, first * job.Dv_cols)
@@ -180,6 +196,7 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
                 x.b = ws.q_right
                 x.ldc = x.ldb = x.cols = job.D_cols
                 multiply(job, &x, &which, ragged and not rows_all_finite(job, ws, &rows_finite))
+            x.cold = False
             if passed != NULL:
                 fa_publish(passed, k1)
             if job.dq.dtype != FA_NONE:

@@ -2,6 +2,7 @@
 
 import hashlib
 
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers import (
@@ -9,6 +10,7 @@ from helpers import (
     RUNNABLE_ISAS,
     assert_targets_agree,
     bits,
+    cpu_kernels,
     make_case,
     option_case,
     run_python,
@@ -171,3 +173,23 @@ def test_isas_agree(name, dtype, options, rng, restored):
     expected = case.run()
     _cpu.use_isa(name)
     assert_targets_agree(case.run(), expected)
+
+
+@cpu_kernels
+@pytest.mark.parametrize("overflow", [False, True])
+def test_the_short_way_of_the_backward_leaves_no_trace(isa, dtype, overflow, rng):
+    """Tiles with nothing excluded, added or dropped go a shorter way; a dropout of next to nothing
+    makes them go the other. A score that overflows to -inf excludes its pair on both."""
+    case = make_case(rng, dtype, lead=(2,), Hkv=1, Lq=147, Lk=203, D=70, Dv=33)
+    if overflow and dtype != np.float16:
+        case.q[..., 5, 3] = -ml_dtypes.finfo(dtype).max
+        case.k[..., 3] = 0
+        case.k[..., 9, 3] = 4
+        case.v[..., 9, 0] = np.inf
+    results = case.run()
+    expected = case.with_(dropout_p=1e-17, seed=1).run()
+    finite = {name: np.isfinite(x.astype("d")) for name, x in results.items()}
+    assert finite["dq"][..., 5, :].all()
+    for name, x in results.items():
+        assert bits(x[finite[name]]) == bits(expected[name][finite[name]]), name
+        assert not np.isfinite(expected[name].astype("d"))[~finite[name]].any(), name

@@ -69,6 +69,7 @@ typedef struct {
     int32_t rows, cols, depth;  // depth in units; cols a multiple of the vector
     const void *alpha;          // one a row, or NULL
     const int32_t *row_depth;   // depth of each row (the rest is excluded), or NULL
+    int32_t cold;               // C is likely to be outside the cache
 } fa_product;
 
 // Which pairs of a product take part, for accumulate_selected.
@@ -91,6 +92,10 @@ typedef struct {
     void *p, *ds;             // [key][ld units], pairs along the queries
     void *ds_keys;            // [key / pair][ld * pair units], pairs along the keys (pair 2 only)
     ptrdiff_t ld;
+    // For backward_plain: the operands of s, D in units; k, v and Dv of the next tile or NULL.
+    const void *k, *q, *next_k, *next_v;
+    ptrdiff_t ldk, ldv;
+    int32_t D, Dv;
 } fa_backward_tile;
 
 typedef struct {
@@ -129,6 +134,9 @@ typedef struct {
     int (*row_finite)(const void *x, int n);
     // Returns whether a score was -inf: such a pair is excluded too, though keep does not say so.
     int (*backward_tile)(const fa_backward_tile *x, int panel, int keys);
+    // scores(s) and backward_tile in one, without keep, drop and gain; t is not left in dp. Fetches
+    // next_k and next_v.
+    int (*backward_plain)(const fa_backward_tile *x, int panel, int keys);
     // sum[i] += x[i], in float64: a bias of few elements is the sum of very many
     void (*add_tile)(double *sum, const void *x, int64_t n);
     // sum[lane] += sum over the keys of t |centre - key|

@@ -53,11 +53,15 @@ INLINE uv u_load(const unit *p) { return _mm512_loadu_si512(p); }
 INLINE vr u_madd(vr c, uv a, uv b) {
     return (vr)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
 }
-// Two vectors of floats to one of pairs (low, high).
-INLINE __m512i u_pairs(vr low, vr high) {
+// Halves of 16 elements each to one vector of pairs (low, high).
+INLINE __m512i u_interleave(__m512i halves) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
                                            23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+    return _mm512_permutexvar_epi16(order, halves);
+}
+// Two vectors of floats to one of pairs.
+INLINE __m512i u_pairs(vr low, vr high) {
+    return u_interleave((__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }
 #else
 #define PAIR 1
@@ -233,11 +237,14 @@ static double dot(const char *a, ptrdiff_t a_stride, int a_dtype, const char *b,
 
 // ---- products --------------------------------------------------------------------------------
 
+// Each vector of a register tile. Two loops: GCC unrolls none of more turns than UNROLL says.
+#define EACH UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NR; j++)
+
 // c[MR][NR] = A[MR][depth] B[depth][NR vectors]; MR, NR are constants where this is inlined,
 // so that c lives in registers.
 INLINE void product(const int MR, const int NR, vr *c, const unit *a, ptrdiff_t a_row,
                     ptrdiff_t a_depth, const unit *b, ptrdiff_t ldb, int depth) {
-    UNROLL for (int i = 0; i < MR * NR; i++) c[i] = (vr){};
+    EACH c[i * NR + j] = (vr){};
     UNROLL4 for (int k = 0; k < depth; k++) {
         uv right[4];
         UNROLL for (int j = 0; j < NR; j++) right[j] = u_load(b + j * V_LANES);
@@ -250,24 +257,35 @@ INLINE void product(const int MR, const int NR, vr *c, const unit *a, ptrdiff_t 
     }
 }
 
+// Rows for later, into the second level of the cache.
+INLINE void fetch_rows(const void *a, int row, const int rows, ptrdiff_t a_row, int n) {
+    for (int k = 0; k < n; k += 64 / (int)sizeof(unit))
+        UNROLL for (int i = 0; i < rows; i++)
+            __builtin_prefetch((const unit *)a + (row + i) * a_row + k, 0, 2);
+}
+
 // A chain of more than this many multiply-adds is cut, and its parts added: rounding errors
 // grow with the length of a chain. (Depths of accumulate are cut by the tile.)
 #define CHAIN 64
 
+INLINE void scores_tile(const int MR, const int NR, real *s, int panel, const unit *k,
+                        ptrdiff_t ldk, const unit *q, int depth, int add, vr *top) {
+    vr c[MR * NR];
+    product(MR, NR, c, k, ldk, 1, q, panel, depth);
+    if (add) EACH c[i * NR + j] += v_load(s + i * panel + j * V_LANES);
+    EACH v_store(s + i * panel + j * V_LANES, c[i * NR + j]);
+    UNROLL for (int j = 0; j < NR; j++) {
+        vr most = c[j];  // not top[j] each time, which the stores might have changed
+        UNROLL for (int i = 1; i < MR; i++) most = v_max(most, c[i * NR + j]);
+        top[j] = v_max(top[j], most);
+    }
+}
 typedef void scores_fn(real *s, int panel, const unit *k, ptrdiff_t ldk, const unit *q, int depth,
                        int add, vr *top);
 #define DEFINE_SCORES(MR, NR)                                                                    \
     NOINLINE void scores_##MR##x##NR(real *s, int panel, const unit *k, ptrdiff_t ldk,           \
                                      const unit *q, int depth, int add, vr *top) {               \
-        vr c[MR * NR];                                                                           \
-        product(MR, NR, c, k, ldk, 1, q, panel, depth);                                          \
-        if (add)                                                                                 \
-            UNROLL for (int i = 0; i < MR * NR; i++)                                             \
-                c[i] += v_load(s + (i / NR) * panel + (i % NR) * V_LANES);                       \
-        UNROLL for (int i = 0; i < MR * NR; i++) {                                               \
-            v_store(s + (i / NR) * panel + (i % NR) * V_LANES, c[i]);                            \
-            top[i % NR] = v_max(top[i % NR], c[i]);                                              \
-        }                                                                                        \
+        scores_tile(MR, NR, s, panel, k, ldk, q, depth, add, top);                               \
     }
 #if FA_SCORES_MR == 8
 DEFINE_SCORES(8, 1)
@@ -316,22 +334,25 @@ static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const voi
     for (int j = 0; j <= wide; j++) v_store((real *)tile_max + j * V_LANES, top[j]);
 }
 
+INLINE void accumulate_tile(const int MR, const int NR, const fa_product *x, int row, int col,
+                            int depth) {
+    vr c[MR * NR];
+    const real *alpha = x->alpha;
+    real *out = (real *)x->c + row * x->ldc + col;
+    if (x->cold) EACH __builtin_prefetch(out + i * x->ldc + j * V_LANES);
+    product(MR, NR, c, (const unit *)x->a + row * x->a_row, x->a_row, x->a_depth,
+            (const unit *)x->b + col, x->ldb, depth);
+    if (alpha)
+        EACH c[i * NR + j] = v_fma(v_set1(alpha[row + i]), v_loadu(out + i * x->ldc + j * V_LANES),
+                                   c[i * NR + j]);
+    else
+        EACH c[i * NR + j] += v_loadu(out + i * x->ldc + j * V_LANES);
+    EACH v_storeu(out + i * x->ldc + j * V_LANES, c[i * NR + j]);
+}
 typedef void accumulate_fn(const fa_product *x, int row, int col, int depth);
 #define DEFINE_ACCUMULATE(MR, NR)                                                                \
     NOINLINE void accumulate_##MR##x##NR(const fa_product *x, int row, int col, int depth) {     \
-        vr c[MR * NR];                                                                           \
-        product(MR, NR, c, (const unit *)x->a + row * x->a_row, x->a_row, x->a_depth,            \
-                (const unit *)x->b + col, x->ldb, depth);                                        \
-        real *out = (real *)x->c + row * x->ldc + col;                                           \
-        if (!x->alpha)                                                                           \
-            UNROLL for (int i = 0; i < MR * NR; i++)                                             \
-                c[i] += v_loadu(out + (i / NR) * x->ldc + (i % NR) * V_LANES);                   \
-        else                                                                                     \
-            UNROLL for (int i = 0; i < MR * NR; i++)                                             \
-                c[i] = v_fma(v_set1(((const real *)x->alpha)[row + i / NR]),                     \
-                             v_loadu(out + (i / NR) * x->ldc + (i % NR) * V_LANES), c[i]);       \
-        UNROLL for (int i = 0; i < MR * NR; i++)                                                 \
-            v_storeu(out + (i / NR) * x->ldc + (i % NR) * V_LANES, c[i]);                        \
+        accumulate_tile(MR, NR, x, row, col, depth);                                             \
     }
 #define DEFINE_ACCUMULATE_ROWS(NR) \
     DEFINE_ACCUMULATE(1, NR)       \
@@ -504,48 +525,149 @@ static int softmax(void *p_, void *s_, int panel, int keys, double scale, const 
     return moved != 0;
 }
 
+// p = exp(scale s - lse).
+INLINE vr probability(vr score, vr scale, vr lse) {
+    // lse may be rounded so coarsely that s exceeds it; p is a probability still.
+    return v_exp2(v_min((vr){}, v_fma(score, scale, -lse)), v_set1((real)LOG2E));
+}
+
+// One vector of queries and PAIR keys of P and dS; with `rows` 1 the second key's row does not exist,
+// its values are zeros.
+typedef struct {
+    unit *p, *ds, *ds_keys;
+    ptrdiff_t ld;
+} gradient_rows;
+INLINE gradient_rows gradients_at(const fa_backward_tile *x, int key) {
+    return (gradient_rows){(unit *)x->p + key * x->ld, (unit *)x->ds + key * x->ld,
+                           (unit *)x->ds_keys + key * x->ld, x->ld};
+}
+INLINE void store_gradients(gradient_rows to, int lane, int rows, const vr *p, const vr *ds) {
+#ifdef FA_BF16_PAIRS
+    __m512i halves[2] = {(__m512i)_mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]),
+                         (__m512i)_mm512_cvtne2ps_pbh((__m512)ds[1], (__m512)ds[0])};
+    unit *rows_of[2] = {to.p + lane / 2, to.ds + lane / 2};
+    UNROLL for (int i = 0; i < 2; i++) {
+        _mm256_store_si256((void *)rows_of[i], _mm512_castsi512_si256(halves[i]));
+        if (rows == 2)
+            _mm256_store_si256((void *)(rows_of[i] + to.ld), _mm512_extracti64x4_epi64(halves[i], 1));
+    }
+    _mm512_store_si512(to.ds_keys + lane, u_interleave(halves[1]));
+#else
+    (void)rows;
+    v_store(to.p + lane, p[0]);
+    v_store(to.ds + lane, ds[0]);
+#endif
+}
+
 static int backward_tile(const fa_backward_tile *x, int panel, int keys) {
-    const real *s = x->s, *gain = x->gain;
+    const real *s = x->s, *gain = x->gain, *x_lse = x->lse, *x_shift = x->shift;
+    const uint32_t *keep = x->keep, *drop = x->drop;
     real *dp = x->dp;
-    vr scale = v_set1((real)x->scale), drop_scale = v_set1((real)x->drop_scale), log2e = v_set1((real)LOG2E);
-    vi any_lost = {};
-    for (int lane = 0; lane < panel; lane += V_LANES) {
-        vr lse = v_load((const real *)x->lse + lane), shift = v_load((const real *)x->shift + lane);
-        for (int key = 0; key < keys; key += PAIR) {
-            vr p[PAIR], ds[PAIR];
-            for (int half = 0; half < PAIR; half++) {
+    vr scale = v_set1((real)x->scale), drop_scale = v_set1((real)x->drop_scale), any_lost = {};
+    for (int key = 0; key < keys; key += PAIR) {
+        gradient_rows to = gradients_at(x, key);
+        int rows = keys - key < PAIR ? keys - key : PAIR;
+        for (int lane = 0; lane < panel; lane += V_LANES) {
+            vr lse = v_load(x_lse + lane), shift = v_load(x_shift + lane);
+            vr p[PAIR] = {}, ds[PAIR] = {};
+            UNROLL for (int half = 0; half < PAIR; half++) {
+                if (half >= rows) break;
                 int j = key + half;
                 ptrdiff_t at = (ptrdiff_t)j * panel + lane;
-                p[half] = ds[half] = (vr){};
-                if (j >= keys) continue;
                 vr score = v_load(s + at);
                 vi lost = score == v_set1(-INFINITY);
-                any_lost |= lost;
-                if (x->keep) lost |= ~v_mask(x->keep[j] >> lane);
-                // lse may be rounded so coarsely that s exceeds it; p is a probability still.
-                vr prob = v_exp2(v_min((vr){}, v_fma(score, scale, -lse)), log2e);
-                vr t = prob * (dropped(v_load(dp + at), x->drop, j, lane, drop_scale) - shift);
-                t = v_select(lost, (vr){}, t);
+                any_lost = (vr)((vi)any_lost | lost);
+                if (keep) lost |= ~v_mask(keep[j] >> lane);
+                vr prob = v_select(lost, (vr){}, probability(score, scale, lse));
+                vr z_dp = dropped(v_load(dp + at), drop, j, lane, drop_scale);
+                vr t = v_select(lost, (vr){}, prob * (z_dp - shift));
                 v_store(dp + at, t);
                 ds[half] = gain ? v_select(lost, (vr){}, t * v_load(gain + at)) : t;
-                p[half] = dropped(v_select(lost, (vr){}, prob), x->drop, j, lane, drop_scale);
-#ifdef FA_BF16_PAIRS
-                _mm256_storeu_si256((void *)((uint16_t *)x->p + (2 * x->ld * j + lane)),
-                                    (__m256i)_mm512_cvtneps_pbh((__m512)p[half]));
-                _mm256_storeu_si256((void *)((uint16_t *)x->ds + (2 * x->ld * j + lane)),
-                                    (__m256i)_mm512_cvtneps_pbh((__m512)ds[half]));
-#else
-                v_store((real *)x->p + x->ld * j + lane, p[half]);
-                v_store((real *)x->ds + x->ld * j + lane, ds[half]);
-#endif
+                p[half] = dropped(prob, drop, j, lane, drop_scale);
             }
-#ifdef FA_BF16_PAIRS
-            _mm512_storeu_si512((unit *)x->ds_keys + (ptrdiff_t)(key / 2) * 2 * x->ld + lane,
-                                u_pairs(ds[0], ds[1]));
-#endif
+            store_gradients(to, lane, rows, p, ds);
         }
     }
-    return v_bits(any_lost) != 0;
+    return v_bits((vi)any_lost) != 0;
+}
+
+// The last chain of the scores and backward_tile in one, where that is all there is to do: P and dS
+// come straight from the registers. The same operations on each element, so the same bits.
+// Returns the lowest of `lowest` and the scores.
+INLINE vr plain_tile(const int MR, const int NR, const fa_backward_tile *x, int row, int depth,
+                     vr lowest) {
+    vr c[MR * NR], scale = v_set1((real)x->scale);
+    const int panel = NR * V_LANES, first = x->D - depth;
+    const real *lse = x->lse, *shift = x->shift;
+    const real *s = (const real *)x->s + (ptrdiff_t)row * panel;
+    const real *dp = (const real *)x->dp + (ptrdiff_t)row * panel;
+    gradient_rows to = gradients_at(x, row);
+    if (x->next_k) {
+        fetch_rows(x->next_k, row, MR, x->ldk, x->D);
+        fetch_rows(x->next_v, row, MR, x->ldv, x->Dv);
+    }
+    product(MR, NR, c, (const unit *)x->k + row * x->ldk + first, x->ldk, 1,
+            (const unit *)x->q + (ptrdiff_t)first * panel, panel, depth);
+    if (first > 0) EACH c[i * NR + j] += v_load(s + i * panel + j * V_LANES);
+    UNROLL for (int i = 0; i < MR; i += PAIR) {
+        UNROLL for (int j = 0; j < NR; j++) {
+            vr p[PAIR] = {}, ds[PAIR] = {};
+            UNROLL for (int half = 0; half < PAIR; half++) {
+                if (i + half == MR) break;
+                vr score = c[(i + half) * NR + j];
+                vr z_dp = v_load(dp + (i + half) * panel + j * V_LANES);
+                lowest = v_min(score, lowest);
+                p[half] = probability(score, scale, v_load(lse + j * V_LANES));
+                ds[half] = p[half] * (z_dp - v_load(shift + j * V_LANES));
+            }
+            store_gradients(to, j * V_LANES, MR - i < PAIR ? MR - i : PAIR, p, ds);
+        }
+        to.p += PAIR * to.ld;
+        to.ds += PAIR * to.ld;
+        to.ds_keys += PAIR * to.ld;
+    }
+    return lowest;
+}
+typedef vr plain_fn(const fa_backward_tile *x, int row, int depth, vr lowest);
+#define DEFINE_PLAIN(MR, NR)                                                                     \
+    NOINLINE vr plain_##MR##x##NR(const fa_backward_tile *x, int row, int depth, vr lowest) {    \
+        return plain_tile(MR, NR, x, row, depth, lowest);                                        \
+    }
+#if FA_SCORES_MR == 8
+DEFINE_PLAIN(8, 1)
+DEFINE_PLAIN(8, 2)
+#else
+DEFINE_PLAIN(6, 1)
+DEFINE_PLAIN(6, 2)
+#endif
+DEFINE_PLAIN(4, 1)
+DEFINE_PLAIN(4, 2)
+DEFINE_PLAIN(2, 1)
+DEFINE_PLAIN(2, 2)
+DEFINE_PLAIN(1, 1)
+DEFINE_PLAIN(1, 2)
+
+static int backward_plain(const fa_backward_tile *x, int panel, int keys) {
+    static const struct {
+        int rows;
+        plain_fn *run[2];
+    } table[] = {
+#if FA_SCORES_MR == 8
+        {8, {plain_8x1, plain_8x2}},
+#else
+        {6, {plain_6x1, plain_6x2}},
+#endif
+        {4, {plain_4x1, plain_4x2}},
+        {2, {plain_2x1, plain_2x2}},
+        {1, {plain_1x1, plain_1x2}},
+    };
+    int wide = panel / V_LANES - 1, row = 0, before = x->D > 0 ? (x->D - 1) / CHAIN * CHAIN : 0;
+    vr lowest = {}, top[2];
+    if (before > 0) scores(x->s, panel, x->k, x->ldk, x->q, keys, before, top);
+    for (int t = 0; row < keys; t++)
+        for (; row + table[t].rows <= keys; row += table[t].rows)
+            lowest = table[t].run[wide](x, row, x->D - before, lowest);
+    return v_bits(lowest == v_set1(-INFINITY)) != 0;
 }
 
 static void add_tile(double *sum, const void *x_, int64_t n) {
@@ -658,6 +780,7 @@ const fa_kernels FA_SET = {
     .right_finite = right_finite,
     .row_finite = row_finite,
     .backward_tile = backward_tile,
+    .backward_plain = backward_plain,
     .add_tile = add_tile,
     .add_distances = add_distances,
     .keep_above_neg_inf = keep_above_neg_inf,
