@@ -60,7 +60,8 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         ptrdiff_t ldb
         int32_t rows, cols, depth
         const void *alpha
-        const int32_t *row_depth
+        const int32_t *row_start
+        const int32_t *row_end
         int32_t cold
     ctypedef struct fa_selection:
         const uint32_t *keep

@@ -116,6 +116,16 @@ cdef int backward_panel(const Job *job, Workspace *ws, int p, char *k_base, char
             state = PARTIAL
     return FULL if state == FULL and low[0] == k0 and high[0] == k1 else PARTIAL
 
+# Panel p sees keys [low, high) of the tile: what the products of the tile can leave out.
+cdef void set_extents(const Job *job, Workspace *ws, int p, int low, int high) noexcept nogil:
+    cdef int pair = job.kernels.pair, r0 = p * job.panel, r1 = min(ws.rows, r0 + job.panel), j, r
+    for j in range(low, high):
+        ws.key_start[j] = min(ws.key_start[j], r0 // pair)
+        ws.key_end[j] = ceil_div(r1, pair)
+    for r in range(r0, r1):
+        ws.row_start[r] = low // pair
+        ws.row_end[r] = ceil_div(high, pair)
+
 # Zeros for panel p in keys [j0, j1) of the tile.
 cdef void clear_keys(const Job *job, Workspace *ws, int p, ptrdiff_t lanes, int j0, int j1) noexcept nogil:
     cdef const fa_kernels *kr = job.kernels
@@ -136,7 +146,7 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
     cdef int64_t b = batch_head // job.Hkv, kv_head = batch_head % job.Hkv
     cdef int64_t per_head = job.blocks // job.group, head = kv_head * job.group + block // per_head
     cdef int64_t i0 = block % per_head * job.Br, k0, k1, low, high, first, end
-    cdef int p, r, state, rows_finite = -1
+    cdef int p, r, j, state, rows_finite = -1
     cdef bint ragged
     cdef ptrdiff_t lanes = <ptrdiff_t> ceil_div(job.Br, job.panel) * job.panel, ldk_right = 0
     cdef char *k_base = at(job, &job.k, b, kv_head)
@@ -160,9 +170,13 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
         first = k1
         end = k0
         ragged = False
+        for j in range(<int> (k1 - k0)):
+            ws.key_start[j] = job.Br
+            ws.key_end[j] = 0
         for p in range(ws.panels):
             state = backward_panel(job, ws, p, k_base, v_base, k0, k1, &low, &high)
             ragged |= state != FULL
+            set_extents(job, ws, p, <int> (low - k0), <int> (high - k0))
             if state != EMPTY:
                 first = min(first, low)
                 end = max(end, high)
@@ -184,6 +198,8 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
             x.rows = <int> (end - first)
             x.depth = ceil_div(ws.rows, kr.pair)
             x.cold = True
+            x.row_start = ws.key_start + (first - k0)
+            x.row_end = ws.key_end + (first - k0)
             if job.dv.dtype != FA_NONE:
                 x.a = units(job, ws.p, (first - k0) * x.a_row)
                 x.c = reals(job, dv, first * job.Dv_cols)
@@ -212,6 +228,11 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
                 x.a_depth = lanes
                 x.rows = ws.rows
                 x.depth = ceil_div(end - first, kr.pair)
+                x.row_start = ws.row_start
+                x.row_end = ws.row_end
+                for r in range(ws.rows):
+                    ws.row_start[r] = max(0, ws.row_start[r] - <int> (first - k0) // kr.pair)
+                    ws.row_end[r] = max(0, ws.row_end[r] - <int> (first - k0) // kr.pair)
                 x.c = ws.o
                 x.b = units(job, k_right, (first - k0) // kr.pair * ldk_right)
                 x.ldb = ldk_right

@@ -99,7 +99,8 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care) noexc
             x.rows = min(job.panel, ws.rows - p * job.panel)
             x.depth = ceil_div(n, kr.pair)
             x.alpha = ws.alpha if moved else NULL
-            x.row_depth = ws.row_depth
+            x.row_start = NULL
+            x.row_end = ws.row_depth
             x.cold = False
             if care == USUAL or kr.right_finite(ws.v_right, ws.ldv, ceil_div(k1 - k0, kr.pair), job.Dv_cols):
                 kr.accumulate(&x)

@@ -76,6 +76,10 @@ cdef struct Workspace:
     void *lse
     void *shift
     void *dslope
+    int32_t *key_start         # the rows of the block, in units, that may see a key of the tile
+    int32_t *key_end
+    int32_t *row_start         # the keys of the tile, in units, that a row may see
+    int32_t *row_end
     double *dbias
     # rows of the block at hand
     int64_t b
@@ -162,6 +166,10 @@ cdef size_t lay_out(const Job *job, Workspace *ws, char *base) noexcept nogil:
         ws.lse = carve(base, &used, rows * real)
         ws.shift = carve(base, &used, rows * real)
         ws.dslope = carve(base, &used, rows * real)
+        ws.key_start = <int32_t *> carve(base, &used, Bc * sizeof(int32_t))
+        ws.key_end = <int32_t *> carve(base, &used, Bc * sizeof(int32_t))
+        ws.row_start = <int32_t *> carve(base, &used, rows * sizeof(int32_t))
+        ws.row_end = <int32_t *> carve(base, &used, rows * sizeof(int32_t))
         ws.dbias = <double *> carve(base, &used, panels * tile * 8 if job.dbias.dtype != FA_NONE else 0)
     else:
         ws.p = carve(base, &used, key_pairs * job.panel * unit) if kr.pair == 2 else ws.s
@@ -306,6 +314,9 @@ cdef void fill_job(Job *job, problem, bint backward) except *:
 
     job.Bc = kr.Bc_backward if backward else kr.Bc
     job.Br = kr.Br_backward if backward else kr.Br
+    # dk and dv of a long sequence lie outside the caches, and are added to once a block.
+    if backward and kr.real_bytes == 4 and job.Lq >= 1536:
+        job.Br += job.Br // 2
     if job.D + job.Dv > 512:  # the block's q and o stay about as large
         job.Br = max(2 * lanes, job.Br * 512 // (job.D + job.Dv) // (2 * lanes) * (2 * lanes))
     # Short rows of the heads that share keys are taken together.

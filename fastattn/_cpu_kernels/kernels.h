@@ -68,7 +68,7 @@ typedef struct {
     ptrdiff_t ldb;
     int32_t rows, cols, depth;  // depth in units; cols a multiple of the vector
     const void *alpha;          // one a row, or NULL
-    const int32_t *row_depth;   // depth of each row (the rest is excluded), or NULL
+    const int32_t *row_start, *row_end;  // part of each row's depth (the rest is excluded), or NULL
     int32_t cold;               // C is likely to be outside the cache
 } fa_product;
 

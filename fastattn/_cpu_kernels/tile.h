@@ -23,7 +23,7 @@
 #ifndef FA_BR
 #define FA_BR 128
 #define FA_BC 128
-#define FA_BR_BACKWARD 96
+#define FA_BR_BACKWARD 128
 #define FA_BC_BACKWARD 128
 #endif
 // Register tiles: as many accumulators as leave room for one row of right operands and a left one.
@@ -335,13 +335,13 @@ static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const voi
 }
 
 INLINE void accumulate_tile(const int MR, const int NR, const fa_product *x, int row, int col,
-                            int depth) {
+                            int start, int end) {
     vr c[MR * NR];
     const real *alpha = x->alpha;
     real *out = (real *)x->c + row * x->ldc + col;
     if (x->cold) EACH __builtin_prefetch(out + i * x->ldc + j * V_LANES);
-    product(MR, NR, c, (const unit *)x->a + row * x->a_row, x->a_row, x->a_depth,
-            (const unit *)x->b + col, x->ldb, depth);
+    product(MR, NR, c, (const unit *)x->a + row * x->a_row + start * x->a_depth, x->a_row,
+            x->a_depth, (const unit *)x->b + start * x->ldb + col, x->ldb, end - start);
     if (alpha)
         EACH c[i * NR + j] = v_fma(v_set1(alpha[row + i]), v_loadu(out + i * x->ldc + j * V_LANES),
                                    c[i * NR + j]);
@@ -349,10 +349,11 @@ INLINE void accumulate_tile(const int MR, const int NR, const fa_product *x, int
         EACH c[i * NR + j] += v_loadu(out + i * x->ldc + j * V_LANES);
     EACH v_storeu(out + i * x->ldc + j * V_LANES, c[i * NR + j]);
 }
-typedef void accumulate_fn(const fa_product *x, int row, int col, int depth);
+typedef void accumulate_fn(const fa_product *x, int row, int col, int start, int end);
 #define DEFINE_ACCUMULATE(MR, NR)                                                                \
-    NOINLINE void accumulate_##MR##x##NR(const fa_product *x, int row, int col, int depth) {     \
-        accumulate_tile(MR, NR, x, row, col, depth);                                             \
+    NOINLINE void accumulate_##MR##x##NR(const fa_product *x, int row, int col, int start,       \
+                                         int end) {                                              \
+        accumulate_tile(MR, NR, x, row, col, start, end);                                        \
     }
 #define DEFINE_ACCUMULATE_ROWS(NR) \
     DEFINE_ACCUMULATE(1, NR)       \
@@ -388,13 +389,18 @@ static void accumulate(const fa_product *x) {
         for (; col + width <= x->cols; col += width)
             for (int row = 0; row < x->rows;) {
                 int n = x->rows - row < ACCUMULATE_MR ? x->rows - row : ACCUMULATE_MR;
-                int depth = x->depth;
-                if (x->row_depth) {
-                    depth = 0;
+                int start = 0, end = x->depth;
+                if (x->row_end) {
+                    end = 0;
                     for (int i = row; i < row + n; i++)
-                        if (x->row_depth[i] > depth) depth = x->row_depth[i];
+                        if (x->row_end[i] > end) end = x->row_end[i];
                 }
-                table[t].run[n - 1](x, row, col, depth);
+                if (x->row_start) {
+                    start = end;
+                    for (int i = row; i < row + n; i++)
+                        if (x->row_start[i] < start) start = x->row_start[i];
+                }
+                table[t].run[n - 1](x, row, col, start, end);
                 row += n;
             }
     }
@@ -432,7 +438,7 @@ static void accumulate_selected(const fa_product *x, const fa_selection *which) 
         one.ldb = x->cols;
         one.rows = 1;
         one.alpha = x->alpha ? (const real *)x->alpha + row : 0;
-        one.row_depth = 0;
+        one.row_start = one.row_end = 0;
         accumulate(&one);
     }
 }
