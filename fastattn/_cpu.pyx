@@ -51,6 +51,11 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         void *row_lost
         void *alpha
         const void *tile_max
+    ctypedef struct fa_partial:
+        void *o
+        void *row_max
+        void *row_sum
+        void *row_lost
     ctypedef struct fa_product:
         void *c
         ptrdiff_t ldc
@@ -97,11 +102,14 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         void (*store_row)(char *, ptrdiff_t, int, const void *, int, double) noexcept nogil
         double (*dot)(const char *, ptrdiff_t, int, const char *, ptrdiff_t, int, int) noexcept nogil
         void (*scores)(void *, int, const void *, ptrdiff_t, const void *, int, int, void *) noexcept nogil
+        void (*few_scores)(void *, int, const void *, ptrdiff_t, const void *, ptrdiff_t, int, int, int,
+                           int, void *) noexcept nogil
         void (*adjust)(void *, int, int, const fa_adjust *) noexcept nogil
         void (*exclude)(void *, int, int, const uint32_t *, void *) noexcept nogil
         int (*softmax)(void *, void *, int, int, double, const fa_softmax_state *,
                        const uint32_t *, double) noexcept nogil
         void (*accumulate)(const fa_product *) noexcept nogil
+        void (*merge)(const fa_partial *, const fa_partial *, int, int, double) noexcept nogil
         void (*accumulate_selected)(const fa_product *, const fa_selection *) noexcept nogil
         int (*right_finite)(const void *, ptrdiff_t, int, int) noexcept nogil
         int (*row_finite)(const void *, int) noexcept nogil
@@ -149,20 +157,22 @@ def forward(problem, cnp.ndarray out not None, cnp.ndarray lse not None):
     """Fill out, of q's dtype or float32, and lse, of the accumulation dtype; any strides."""
     cdef Job job
     cdef char *memory = NULL
-    cdef Workspace *spaces
+    cdef Team team
     cdef int64_t items
-    cdef int team
+    cdef int t
     fill_job(&job, problem, False)
     set_array(&job.out, out, job.lead_dims)
     set_array(&job.lse, lse, job.lead_dims)
     job.lse.col = 0
-    items = job.batch * job.Hkv * job.blocks
+    items = job.batch * job.Hkv * job.blocks * job.chunks
     if items == 0:
         return
-    team = team_size(&job, num_threads_for(problem.num_threads), items)
-    spaces = make_workspaces(&job, team, 0, &memory)
+    team.size = team_size(&job, num_threads_for(problem.num_threads), items)
+    team.spaces = make_workspaces(&job, team.size, partial_bytes(&job), &memory)
     with nogil:
-        run(&job, spaces, team, items, forward_block, NULL)
+        for t in range(team.size if job.chunks > 1 else 0):
+            progress_of(team.spaces + t)[0] = 0
+        run(&job, team.spaces, team.size, items, forward_block, &team)
         free(memory)
 
 

@@ -9,10 +9,11 @@
 cdef enum:
     USUAL, SELECTING, SCALED, CARES
 
-cdef void forward_block(const Job *job, Workspace *ws, int64_t item, const void *more) noexcept nogil:
-    cdef int64_t heads = job.batch * job.Hkv, block, kv_head
-    cdef int64_t per_head = job.blocks // ceil_div(job.group, job.stack), head0
+cdef void forward_block(const Job *job, Workspace *ws, int64_t item, const void *team) noexcept nogil:
+    cdef int64_t heads = job.batch * job.Hkv, block, kv_head, unit = item // job.chunks
+    cdef int64_t chunk = item % job.chunks, per_head = job.blocks // ceil_div(job.group, job.stack), head0
     cdef int stacked, n, care, r
+    item = unit
     # Under a causal bound later blocks are longer: those of all heads come first.
     if job.bounded_right:
         block = job.blocks - 1 - item // heads
@@ -25,19 +26,96 @@ cdef void forward_block(const Job *job, Workspace *ws, int64_t item, const void 
     stacked = <int> min(job.stack, (kv_head + 1) * job.group - head0)
     n = <int> job.Lq if job.stack > 1 else <int> min(job.Br, job.Lq - block % per_head * job.Br)
     set_rows(job, ws, item // job.Hkv, head0, stacked, block % per_head * job.Br, n)
-    pack_query_lanes(job, ws, &job.q, ws.q_lanes, job.D, job.D_units, job.negate)
+    pack_queries(job, ws)
     for r in range(ws.rows):
         ws.settled[r] = False
+    if job.chunks > 1:
+        forward_chunk(job, ws, kv_head, unit, chunk, <const Team *> team)
+        return
     for care in range(CARES):
-        attend(job, ws, kv_head, care)
+        attend(job, ws, kv_head, care, 0, job.Lk)
         if finish_rows(job, ws, care):
             return
 
-cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care) noexcept nogil:
+cdef void pack_queries(const Job *job, Workspace *ws) noexcept nogil:
+    cdef fa_rows rows
+    if job.few:
+        rows = block_rows(job, ws, &job.q, 0, ws.rows, 0, job.D, False)
+        job.kernels.pack_left(ws.q_lanes, query_ld(job), &rows)
+    else:
+        pack_query_lanes(job, ws, &job.q, ws.q_lanes, job.D, job.D_units, job.negate)
+
+
+# ---- keys in chunks --------------------------------------------------------------------------------
+#
+# A block's chunks are merged in order, whoever computes them: the state so far lies in one of as
+# many slots as there are threads, and each thread waits for its turn to merge.
+
+cdef struct Team:
+    Workspace *spaces   # slot t is spaces[t].own: how many merges it has seen, then the state
+    int size
+
+cdef inline int64_t *progress_of(const Workspace *ws) noexcept nogil:
+    return <int64_t *> ws.own
+
+# The state in slot `ws`, or with base NULL the bytes of a slot.
+cdef size_t partial_at(const Job *job, char *base, fa_partial *state) noexcept nogil:
+    cdef size_t used = 64, rows = ceil_div(job.Br, job.panel) * job.panel, real = job.kernels.real_bytes
+    state.o = carve(base, &used, rows * job.Dv_cols * real)
+    state.row_max = carve(base, &used, rows * real)
+    state.row_sum = carve(base, &used, rows * real)
+    state.row_lost = carve(base, &used, rows * real)
+    return used
+
+cdef size_t partial_bytes(const Job *job) noexcept nogil:
+    cdef fa_partial state
+    return partial_at(job, NULL, &state) if job.chunks > 1 else 0
+
+cdef void forward_chunk(const Job *job, Workspace *ws, int64_t kv_head, int64_t unit, int64_t chunk,
+                        const Team *team) noexcept nogil:
+    cdef const Workspace *slot = team.spaces + unit % team.size
+    cdef int64_t turn = unit // team.size * job.chunks + chunk
+    cdef int care
+    attend(job, ws, kv_head, USUAL, chunk * job.chunk, (chunk + 1) * job.chunk)
+    fa_wait_above(progress_of(slot), turn - 1)
+    merge_chunk(job, ws, slot, chunk)
+    if chunk == job.chunks - 1:
+        care = USUAL
+        while not finish_rows(job, ws, care):
+            care += 1
+            for chunk in range(job.chunks):
+                attend(job, ws, kv_head, care, chunk * job.chunk, (chunk + 1) * job.chunk)
+                merge_chunk(job, ws, slot, chunk)
+    fa_publish(progress_of(slot), turn + 1)
+
+# Adds the chunks before to this one's state; leaves it to the next one, if there is one.
+cdef void merge_chunk(const Job *job, Workspace *ws, const Workspace *slot, int64_t chunk) noexcept nogil:
+    cdef const fa_kernels *kr = job.kernels
+    cdef size_t lanes = ws.panels * job.panel * kr.real_bytes
+    cdef fa_partial before, here
+    partial_at(job, slot.own, &before)
+    here.o = ws.o
+    here.row_max = ws.row_max
+    here.row_sum = ws.row_sum
+    here.row_lost = ws.row_lost
+    if chunk > 0:
+        kr.merge(&here, &before, ws.rows, job.Dv_cols, 1 if job.adjusted else job.scale)
+    if chunk < job.chunks - 1:
+        memcpy(before.o, here.o, <size_t> ws.rows * job.Dv_cols * kr.real_bytes)
+        memcpy(before.row_max, here.row_max, lanes)
+        memcpy(before.row_sum, here.row_sum, lanes)
+        memcpy(before.row_lost, here.row_lost, lanes)
+
+
+# ---- the keys of one chunk -------------------------------------------------------------------------
+
+# Keys [begin, end), begin at the start of a tile.
+cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64_t begin,
+                 int64_t end) noexcept nogil:
     cdef const fa_kernels *kr = job.kernels
     cdef char *k_base = at(job, &job.k, ws.b, kv_head)
     cdef char *v_base = at(job, &job.v, ws.b, kv_head)
-    cdef int64_t k0 = ws.first_key // job.Bc * job.Bc, k1, low, high
+    cdef int64_t k0 = max(begin, ws.first_key // job.Bc * job.Bc), k1, low, high
     cdef int p, n, j, r, state
     cdef fa_softmax_state softmax
     cdef fa_product x
@@ -55,8 +133,9 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care) noexc
     softmax.alpha = ws.alpha
     softmax.tile_max = ws.tile_max
 
-    while k0 < ws.end_key:
-        k1 = min(k0 + job.Bc, ws.end_key)
+    end = min(end, ws.end_key)
+    while k0 < end:
+        k1 = min(k0 + job.Bc, end)
         ws.k_left = ws.v_right = NULL
         for p in range(ws.panels):
             if not panel_keys(job, ws, p, k0, k1, &low, &high):
@@ -69,9 +148,13 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care) noexc
                       &ws.k_left, &ws.ldk)
             load_right(job, ws, &job.v, v_base, k0, k1, job.Dv, job.Dv_cols, job.v_in_place, ws.v_tile,
                        &ws.v_right, &ws.ldv)
-            kr.scores(ws.s, job.panel, units(job, ws.k_left, (low - k0) * ws.ldk), ws.ldk,
-                      units(job, ws.q_lanes, <ptrdiff_t> p * job.panel * job.D_units), n, job.D_units,
-                      ws.tile_max)
+            if job.few:
+                kr.few_scores(ws.s, job.panel, units(job, ws.k_left, (low - k0) * ws.ldk), ws.ldk,
+                              ws.q_lanes, query_ld(job), ws.rows, n, query_ld(job), job.negate, ws.tile_max)
+            else:
+                kr.scores(ws.s, job.panel, units(job, ws.k_left, (low - k0) * ws.ldk), ws.ldk,
+                          units(job, ws.q_lanes, <ptrdiff_t> p * job.panel * job.D_units), n, job.D_units,
+                          ws.tile_max)
             if job.adjusted:
                 adjust_tile(job, ws, p, low, n, NULL)
             if job.adjusted or state == PARTIAL:

@@ -5,6 +5,8 @@
 
 cdef enum:
     MAX_LEAD = 64
+    CHUNK = 512  # keys of a chunk, at least
+    MAX_CHUNKS = 64
     EMPTY, PARTIAL, FULL
 
 # An array of the problem: bytes between neighbours along (leading axes..., head, row, column).
@@ -38,6 +40,8 @@ cdef struct Job:
     # How the rows are cut: a block is Br rows of one head, or `stack` whole heads of one group.
     int Br, Bc, panel, stack
     int64_t blocks             # of one kv head
+    bint few                   # rows of a block fill no more than a vector: few_scores
+    int64_t chunk, chunks      # keys are cut into chunks whose results are merged in order
     bint k_in_place, v_in_place
     # backward
     bint is_backward
@@ -139,7 +143,7 @@ cdef size_t lay_out(const Job *job, Workspace *ws, char *base) noexcept nogil:
     cdef size_t panels = ceil_div(job.Br, job.panel), rows = panels * job.panel, tile = Bc * job.panel
     cdef size_t key_pairs = ceil_div(Bc, kr.pair), query_pairs = ceil_div(rows, kr.pair)
 
-    ws.q_lanes = carve(base, &used, rows * job.D_units * unit)
+    ws.q_lanes = carve(base, &used, rows * query_ld(job) * unit)
     ws.o = carve(base, &used, rows * real * (job.D_cols if job.is_backward else job.Dv_cols))
     ws.s = carve(base, &used, tile * real)
     ws.add[0] = carve(base, &used, tile * real if job.attn_mask.dtype < FA_BOOL else 0)
@@ -197,7 +201,11 @@ cdef inline void *carve(char *base, size_t *used, size_t size) noexcept nogil:
 
 # A copy of keys as reals has whole vectors, so that it is a right operand too.
 cdef inline int key_ld(const Job *job) noexcept nogil:
-    return job.D_cols if job.kernels.pair == 1 else job.D_units
+    return job.D_cols if job.kernels.pair == 1 else query_ld(job)
+
+# Few rows of q meet those of k in whole vectors.
+cdef inline int query_ld(const Job *job) noexcept nogil:
+    return <int> ceil_div(job.D_units, job.kernels.lanes) * job.kernels.lanes if job.few else job.D_units
 
 
 # ---- threads -------------------------------------------------------------------------------------
@@ -329,7 +337,13 @@ cdef void fill_job(Job *job, problem, bint backward) except *:
     job.blocks = (ceil_div(job.group, job.stack) if job.stack > 1 else
                   job.group * ceil_div(job.Lq, job.Br)) if job.Hq > 0 else 0
     job.Bc = <int> clamp((job.Lk + FA_RUN - 1) // FA_RUN * FA_RUN, FA_RUN, job.Bc)
-    job.k_in_place = lies_whole(job, &job.k, job.D)
+    job.few = not backward and rows <= lanes
+    # Rows of a head that are one block have few items to offer. Chunks are cut by Lk alone.
+    job.chunk = max(1, job.Lk)
+    if not backward and job.Lq <= job.Br and job.Lk >= 2 * CHUNK:
+        job.chunk = max(CHUNK, ceil_div(ceil_div(job.Lk, MAX_CHUNKS), job.Bc) * job.Bc)
+    job.chunks = max(1, ceil_div(job.Lk, job.chunk))
+    job.k_in_place = lies_whole(job, &job.k, job.D) and job.D_units == query_ld(job)
     # v is a right operand forward (whole vectors), a left one backward.
     job.v_in_place = lies_whole(job, &job.v, job.Dv) and (
         backward or (kr.pair == 1 and job.Dv == job.Dv_cols))

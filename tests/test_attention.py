@@ -112,6 +112,18 @@ def test_short_rows_of_groups(target, dtype, group, Lq, rng):
 
 # ---------------------------------------------------------------- head sizes
 
+@all_kernels
+@pytest.mark.parametrize("Lq", [1, 2, 3, 6, 16, 17, 130])
+def test_short_rows_against_long_keys(target, dtype, Lq, rng):
+    """Keys in chunks, whose results are merged."""
+    for Lk in (1023, 1024, 1025, 1600):
+        case = make_case(rng, dtype, Hq=2, Hkv=1, Lq=Lq, Lk=Lk, D=24, Dv=16)
+        check_forward(case)
+    check_forward(case.with_(scale=-0.2, sinks=np.array([1.0, -2.0])))
+    check_forward(case.with_(is_causal=True, causal_offset="lower_right", kv_lens=1500))
+    check_forward(case.with_(attn_mask=np.arange(1600) % 700 > 600, dropout_p=0.25, seed=5))
+
+
 HEAD_SIZES = [0, 1, 3, 8, 16, 40, 64, 80, 96, 128, 192, 256, 300]
 
 

@@ -34,7 +34,10 @@ from fastattn.testing import (
 # ---------------------------------------------------------------- ways to exclude pairs
 
 # Sizes of (B, Hq, Hkv, Lq, Lk): rows of one block and of several, keys of one tile and of several.
-SIZES = {"decode": (2, 8, 1, 1, 130), "small": (2, 2, 2, 5, 9), "tiles": (1, 2, 1, 139, 150)}
+SIZES = {
+    "decode": (2, 8, 1, 1, 130), "chunks": (2, 2, 1, 3, 1100), "small": (2, 2, 2, 5, 9),
+    "tiles": (1, 2, 1, 139, 150),
+}  # fmt: skip
 
 
 def _segments(length, cuts):
@@ -548,7 +551,7 @@ class TestTheSameBits:
             assert_same_bits(nondeterministic.dk, expected["dk"])
 
     @all_kernels
-    @pytest.mark.parametrize("shape", [(1, 130), (5, 9), (150, 300)], ids=str)
+    @pytest.mark.parametrize("shape", [(1, 130), (2, 1100), (5, 9), (150, 300)], ids=str)
     def test_whatever_else_is_in_the_batch(self, target, dtype, shape, rng):
         """Other entries gone, in another order, full of NaN; each has its lengths and offset."""
         Lq, Lk = shape
@@ -576,7 +579,7 @@ class TestTheSameBits:
             assert_same_bits(garbage[name][::2], expected[name][::2], name)
 
     @all_kernels
-    @pytest.mark.parametrize("shape", [(1, 130), (37, 70), (150, 300)], ids=str)
+    @pytest.mark.parametrize("shape", [(1, 130), (2, 1100), (37, 70), (150, 300)], ids=str)
     def test_whatever_the_other_heads_are(self, target, dtype, shape, rng):
         """kv heads (and their query heads) alone, fewer, in another order; per-head gradients."""
         Lq, Lk = shape
@@ -626,6 +629,18 @@ class TestTheSameBits:
         )
         assert_same_bits(moved.run(), expected)
         assert_same_bits(moved.backward(*state).dk, expected["dk"])
+
+    @all_kernels
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("size", [(24, 20), (64, 32)], ids=str)
+    def test_of_few_rows_for_any_layout_in_memory(self, target, dtype, layout, size, rng):
+        D, Dv = size
+        case = make_case(rng, dtype, lead=(2,), Hq=4, Hkv=2, Lq=3, Lk=1050, D=D, Dv=Dv)
+        arrays = (layouts(x, rng)[layout] for x in (case.q, case.k, case.v))
+        moved = case.with_(**dict(zip("qkv", arrays)))
+        expected, results = case.forward(), moved.forward()
+        assert_same_bits(results.out, expected.out)
+        assert_same_bits(results.lse, expected.lse)
 
     @all_kernels
     @pytest.mark.parametrize("axis", range(4))

@@ -57,6 +57,12 @@ typedef struct {
     const void *tile_max;
 } fa_softmax_state;
 
+// What an online softmax has come to over some of the keys.
+typedef struct {
+    void *o;         // [rows][cols], not yet divided by the sum
+    void *row_max, *row_sum, *row_lost;  // a real for each row, whole vectors
+} fa_partial;
+
 // C[rows][cols] += A[rows][depth] B[depth][cols], after C's rows were multiplied by alpha where
 // it is given; strides in units (C's and alpha's in reals).
 typedef struct {
@@ -106,7 +112,7 @@ typedef struct {
 
     // [cols / pair][panel] units, transposed; rows past the given ones are zeros.
     void (*pack_lanes)(void *dst, int panel, const fa_rows *src, int negate);
-    // [rows][ld] units, padded with zeros to whole units.
+    // [rows][ld] units, padded with zeros to ld.
     void (*pack_left)(void *dst, ptrdiff_t ld, const fa_rows *src);
     // [rows / pair][ld] units, columns padded with zeros to ld, rows to whole units.
     void (*pack_right)(void *dst, ptrdiff_t ld, const fa_rows *src);
@@ -120,6 +126,10 @@ typedef struct {
 
     void (*scores)(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, int keys,
                    int depth, void *tile_max);
+    // The same for a few rows of q, one vector of lanes at most: q as it lies, padded with zeros to
+    // whole vectors like k; lanes past the last row are zeros.
+    void (*few_scores)(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, ptrdiff_t ldq,
+                       int rows, int keys, int depth, int negate, void *tile_max);
     void (*adjust)(void *s, int panel, int keys, const fa_adjust *how);
     // Excluded scores become -inf; tile_max is taken again.
     void (*exclude)(void *s, int panel, int keys, const uint32_t *keep, void *tile_max);
@@ -127,6 +137,8 @@ typedef struct {
     int (*softmax)(void *p, void *s, int panel, int keys, double scale, const fa_softmax_state *st,
                    const uint32_t *drop, double drop_scale);
     void (*accumulate)(const fa_product *x);
+    // x becomes the state over the keys of both; row_max is in units of scale.
+    void (*merge)(const fa_partial *x, const fa_partial *y, int rows, int cols, double scale);
     // The same bits where all is finite, but an excluded pair's right operand is not read.
     void (*accumulate_selected)(const fa_product *x, const fa_selection *which);
     // Whether a right operand / a row of reals holds no NaN and no infinity.

@@ -144,11 +144,14 @@ static void pack_lanes(void *dst, int panel, const fa_rows *src, int negate) {
 }
 static void pack_left(void *dst_, ptrdiff_t ld, const fa_rows *src) {
     uint16_t *dst = dst_;
-    for (int r = 0; r < src->rows; r++, dst += 2 * ld)
-        if (src->stride == 2 && src->cols % 2 == 0 && src->row[r])
+    for (int r = 0; r < src->rows; r++, dst += 2 * ld) {
+        int c = 0;
+        if (src->stride == 2 && src->row[r]) {
             memcpy(dst, src->row[r], (size_t)src->cols * 2);
-        else
-            for (int c = 0; c < src->cols + src->cols % 2; c++) dst[c] = half_at(src, r, c);
+            c = src->cols;
+        }
+        for (; c < 2 * ld; c++) dst[c] = half_at(src, r, c);
+    }
 }
 static void pack_right(void *dst_, ptrdiff_t ld, const fa_rows *src) {
     uint16_t *dst = dst_;
@@ -280,6 +283,8 @@ INLINE void scores_tile(const int MR, const int NR, real *s, int panel, const un
         top[j] = v_max(top[j], most);
     }
 }
+static void exclude(void *s, int panel, int keys, const uint32_t *keep, void *tile_max);
+
 typedef void scores_fn(real *s, int panel, const unit *k, ptrdiff_t ldk, const unit *q, int depth,
                        int add, vr *top);
 #define DEFINE_SCORES(MR, NR)                                                                    \
@@ -332,6 +337,63 @@ static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const voi
         d += n;
     } while (d < depth);
     for (int j = 0; j <= wide; j++) v_store((real *)tile_max + j * V_LANES, top[j]);
+}
+
+// Scores of a few rows: the lanes are the summed axis. MR rows x V_LANES / MR keys at a time, so
+// that their sums over the lanes make up one vector. Keys past the last one are the last again.
+INLINE void dots(const int MR, const int whole, real *s, int panel, const unit *k, ptrdiff_t ldk,
+                 const unit *q, ptrdiff_t ldq, int keys, int depth, int add, ureal flip) {
+    const int NR = V_LANES / MR;
+    vr c[V_LANES];
+    UNROLL for (int i = 0; i < V_LANES; i++) c[i] = (vr){};
+    for (int d = 0; d < depth; d += V_LANES)
+        UNROLL for (int j = 0; j < NR; j++) {
+            uv right = u_load(k + (whole || j < keys ? j : keys - 1) * ldk + d);
+            UNROLL for (int i = 0; i < MR; i++)
+                c[j * MR + i] = u_madd(c[j * MR + i], u_load(q + i * ldq + d), right);
+        }
+    real sums[V_LANES] __attribute__((aligned(V_BYTES)));
+    v_store(sums, (vr)((vu)v_sums(c) ^ flip));
+    UNROLL for (int j = 0; j < NR; j++)
+        if (whole || j < keys)
+            UNROLL for (int i = 0; i < MR; i++)
+                s[j * panel + i] = add ? s[j * panel + i] + sums[j * MR + i] : sums[j * MR + i];
+}
+#define DEFINE_DOTS(MR)                                                                          \
+    NOINLINE void dots_##MR(real *s, int panel, const unit *k, ptrdiff_t ldk, const unit *q,     \
+                            ptrdiff_t ldq, int keys, int depth, int add, ureal flip) {           \
+        int key = 0;                                                                             \
+        for (; key + V_LANES / MR <= keys; key += V_LANES / MR)                                  \
+            dots(MR, 1, s + key * panel, panel, k + key * ldk, ldk, q, ldq, 0, depth, add, flip); \
+        if (key < keys)                                                                          \
+            dots(MR, 0, s + key * panel, panel, k + key * ldk, ldk, q, ldq, keys - key, depth, add, \
+                 flip); \
+    }
+DEFINE_DOTS(1)
+DEFINE_DOTS(2)
+#if V_BYTES > 16
+DEFINE_DOTS(4)
+#endif
+
+static void few_scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const void *q_,
+                       ptrdiff_t ldq, int rows, int keys, int depth, int negate, void *tile_max) {
+    ureal flip = negate ? (ureal)1 << (8 * sizeof(real) - 1) : 0;
+    real *s = s_;
+    memset(s, 0, (size_t)keys * panel * sizeof(real));
+    for (int d = 0; d < depth; d += CHAIN * V_LANES)
+        for (int key = 0; key < keys; key += V_LANES) {
+            int n = keys - key < V_LANES ? keys - key : V_LANES;
+            int part = depth - d < CHAIN * V_LANES ? depth - d : CHAIN * V_LANES;
+            const unit *k = (const unit *)k_ + key * ldk + d, *q = (const unit *)q_ + d;
+            real *to = s + (ptrdiff_t)key * panel;
+            int row = 0;
+#if V_BYTES > 16
+            for (; row + 4 <= rows; row += 4) dots_4(to + row, panel, k, ldk, q + row * ldq, ldq, n, part, d > 0, flip);
+#endif
+            for (; row + 2 <= rows; row += 2) dots_2(to + row, panel, k, ldk, q + row * ldq, ldq, n, part, d > 0, flip);
+            if (row < rows) dots_1(to + row, panel, k, ldk, q + row * ldq, ldq, n, part, d > 0, flip);
+        }
+    exclude(s, panel, keys, 0, tile_max);
 }
 
 INLINE void accumulate_tile(const int MR, const int NR, const fa_product *x, int row, int col,
@@ -529,6 +591,35 @@ static int softmax(void *p_, void *s_, int panel, int keys, double scale, const 
         v_store(row_lost + lane, v_fma(v_load(row_lost + lane), alpha, sum + v_fma(before, alpha, -total)));
     }
     return moved != 0;
+}
+
+static void merge(const fa_partial *x, const fa_partial *y, int rows, int cols, double scale) {
+    vr c = v_set1((real)(scale * LOG2E));
+    for (int lane = 0; lane < rows; lane += V_LANES) {
+        real *x_max = (real *)x->row_max + lane, *x_sum = (real *)x->row_sum + lane;
+        real *x_lost = (real *)x->row_lost + lane;
+        vr a = v_load(x_max), b = v_load((const real *)y->row_max + lane);
+        vr a_sum = v_load(x_sum), b_sum = v_load((const real *)y->row_sum + lane);
+        vr a_lost = v_load(x_lost), b_lost = v_load((const real *)y->row_lost + lane);
+        vi first = a >= b;
+        vr top = v_select(first, a, b), ref = v_select(top == v_set1(-INFINITY), (vr){}, top);
+        vr low = v_exp2(v_select(first, b, a) - ref, c);  // the weight of the lower one
+        vr high_sum = v_select(first, a_sum, b_sum), low_sum = v_select(first, b_sum, a_sum);
+        vr total = v_fma(low_sum, low, high_sum);
+        v_store(x_max, top);
+        v_store(x_sum, total);
+        v_store(x_lost, v_fma(v_select(first, b_lost, a_lost), low, v_select(first, a_lost, b_lost)) +
+                            v_fma(low_sum, low, high_sum - total));
+        for (int i = 0; i < V_LANES && lane + i < rows; i++) {
+            vr weight = v_set1(low[i]);
+            for (int col = 0; col < cols; col += V_LANES) {
+                real *xo = (real *)x->o + (ptrdiff_t)(lane + i) * cols + col;
+                const real *yo = (const real *)y->o + (ptrdiff_t)(lane + i) * cols + col;
+                v_store(xo, first[i] ? v_fma(v_load(yo), weight, v_load(xo))
+                                     : v_fma(v_load(xo), weight, v_load(yo)));
+            }
+        }
+    }
 }
 
 // p = exp(scale s - lse).
@@ -778,10 +869,12 @@ const fa_kernels FA_SET = {
     .store_row = store_row,
     .dot = dot,
     .scores = scores,
+    .few_scores = few_scores,
     .adjust = adjust,
     .exclude = exclude,
     .softmax = softmax,
     .accumulate = accumulate,
+    .merge = merge,
     .accumulate_selected = accumulate_selected,
     .right_finite = right_finite,
     .row_finite = row_finite,

@@ -170,6 +170,14 @@ INLINE void v_transpose(vr r[V_LANES]) {
     }
 }
 
+// The sums over the lanes of V_LANES vectors: lane i is that of r[i]. Destroys r.
+INLINE vr v_sums(vr r[V_LANES]) {
+    UNROLL for (int half = V_LANES / 2; half > 0; half /= 2)
+        UNROLL for (int i = 0; i < half; i++)
+            r[i] = V_SHUFFLE(r[i], r[i + half], V_LO) + V_SHUFFLE(r[i], r[i + half], V_HI);
+    return r[0];
+}
+
 // Powers of two. x = n + f with n an integer and |f| <= 1/2; 2^f = 1 + f q(f), q the polynomial
 // that minimises the relative error of 2^f - 1 (Remez exchange in 200-bit arithmetic): 1.1e-8 for
 // float, 1.8e-17 for double.
