@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from importlib import resources
 
+from fastattn._gpu import wgmma
 from fastattn._gpu.config import Config
 from fastattn._gpu.params import DECLARATION
 
@@ -16,13 +17,17 @@ from fastattn._gpu.params import DECLARATION
 _SHARED = (
     "types.cuh", "mma.cuh", "arrays.cuh", "PARAMS", "pairs.cuh", "blocks.cuh", "gradient.cuh",
 )  # fmt: skip
+# What a family has besides.
+_OF_FAMILY: dict[str, tuple[str, ...]] = {"sm_90a": ("WGMMA", "hopper.cuh")}
 _C_TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "float", "float64": "double"}
 
 
 @functools.cache
-def _text(name: str) -> str:
+def _text(name: str, dtype: str) -> str:
     if name == "PARAMS":
         return DECLARATION
+    if name == "WGMMA":
+        return wgmma.declare(dtype)
     return (resources.files(__package__) / "kernels" / name).read_text(encoding="utf-8")
 
 
@@ -30,7 +35,7 @@ def assemble(config: Config) -> str:
     """The source of one configuration: a translation unit with one kernel, `config.kernel`."""
     acc = "double" if config.dtype == "float64" else "float"
     values = {
-        "kArch": config.family.removeprefix("sm_"),
+        "kArch": config.family.removeprefix("sm_").removesuffix("a"),
         "kGeneral": int(config.general),
         "kWalk": int(config.walk),
     }
@@ -43,5 +48,6 @@ def assemble(config: Config) -> str:
     choice = [f"constexpr int {name} = {value};" for name, value in constants.items()]
     choice += [f"using {name} = {_C_TYPES[dtype]};" for name, dtype in types.items()]
     choice += [f"using Acc = {acc};"]
-    files = [_text(name) for name in (*_SHARED, f"{config.kernel}.cu")]
+    names = (*_SHARED, *_OF_FAMILY.get(config.family, ()), f"{config.kernel}.cu")
+    files = [_text(name, config.tile_dtype) for name in names]
     return "\n".join([*head, files[0], *choice, *files[1:]])

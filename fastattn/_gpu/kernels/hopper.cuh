@@ -1,0 +1,155 @@
+// What Hopper (sm_90a) has of its own: tensor-map copies, barriers in shared memory that count them,
+// products of a warpgroup (four warps) whose factors lie in shared memory.
+//
+// A tile of 16-bit numbers lies in shared memory as panels of 64 columns, one behind the other, at a
+// multiple of 1024 bytes:
+//
+//     panel 0, columns 0 .. 63          panel 1, columns 64 .. 127
+//     row 0   | 8 chunks of 16 bytes |  row 0   | ...
+//     row 1   | 8 chunks             |  row 1   | ...
+//
+// Chunk c of row r is the (c ^ r % 8)th of its row (the 128-byte swizzle), so that eight rows of a
+// column of chunks are in different banks. A tile serves as it lies for sums along its rows and for
+// sums along its columns (a turned factor).
+//
+// A result of 64 rows x N columns is float c[N / 8][4] in each thread. With warp w of the warpgroup,
+// g = lane / 4, t = lane % 4, the block c[n] is, as in mma.cuh,
+//     [0] (row 16 w + g, column 8 n + 2 t)   [1] (same, column + 1)   [2], [3] the same of row + 8
+// and two blocks packed to 16 bits are a factor of the next product, 16 columns of it:
+//     a[0] = c[n][0], c[n][1]   a[1] = c[n][2], c[n][3]   a[2], a[3] the same of c[n + 1]
+
+struct alignas(64) TensorMap { u64 opaque[16]; };
+
+constexpr int kPanel = 64;
+constexpr int panels_of(int columns) { return (columns + kPanel - 1) / kPanel; }
+constexpr int tile_bytes(int rows, int columns) { return panels_of(columns) * rows * 128; }
+
+DEVICE u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
+
+// Where columns 8 c .. 8 c + 7 of row r are in a tile of kRows rows.
+template <int kRows>
+DEVICE u32 chunk_at(u32 tile, int r, int c) {
+  return tile + ((c >> 3) * kRows + r) * 128 + (((c ^ r) & 7) << 4);
+}
+
+// ---------------------------------------------------------------- barriers
+
+// A barrier of 8 bytes counts arrivals, and bytes that were announced and are still to come; at zero
+// its phase is over. Waiting names the phase's parity, 0 for the first.
+DEVICE void barrier_init(u32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals));
+}
+DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+}
+DEVICE void barrier_expect(u32 barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+}
+DEVICE void barrier_wait(u32 barrier, int parity) {
+  asm volatile(
+      "{.reg .pred over;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
+      "@!over bra again;}" :: "r"(barrier), "r"(parity) : "memory");
+}
+
+// Named barriers 1 to 15: all `threads` of them, or some arrive and others wait.
+DEVICE void named_sync(int name, int threads) {
+  asm volatile("bar.sync %0, %1;" :: "r"(name), "r"(threads) : "memory");
+}
+DEVICE void named_arrive(int name, int threads) {
+  asm volatile("bar.arrive %0, %1;" :: "r"(name), "r"(threads) : "memory");
+}
+
+// What threads wrote to shared memory is there for copies and products of the other kind; each writer
+// says so before the barrier that the others wait at.
+DEVICE void writes_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A warpgroup's registers per thread, from here on.
+template <int kCount>
+DEVICE void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(kCount)); }
+template <int kCount>
+DEVICE void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(kCount)); }
+
+// ---------------------------------------------------------------- copies
+
+// One panel of a map (columns, rows, heads, batch entries); what is beyond the array becomes zero.
+DEVICE void load_panel(u32 to, const TensorMap& map, u32 barrier, int column, int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];"
+      :: "r"(to), "l"(&map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(barrier) : "memory");
+}
+// A tile, by one thread; `barrier` is over when it is there.
+template <int kRows, int kColumns>
+DEVICE void load_map(u32 tile, const TensorMap& map, u32 barrier, int row, int head, int batch) {
+  barrier_expect(barrier, tile_bytes(kRows, kColumns));
+#pragma unroll
+  for (int n = 0; n < panels_of(kColumns); n++)
+    load_panel(tile + n * kRows * 128, map, barrier, n * kPanel, row, head, batch);
+}
+
+// Four 8 x 8 blocks of 16-bit numbers, as a factor's registers have them, to shared memory: lane l
+// gives the address of row l % 8 of block l / 8.
+DEVICE void store_blocks(u32 row, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+               :: "r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// ---------------------------------------------------------------- products
+
+// Products run on by themselves: a fence before each batch of them, and after registers they use
+// were touched; wait until at most kPending batches are running. `settle` after the wait keeps the
+// compiler from moving anything on a result to before it.
+DEVICE void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+DEVICE void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(kPending) : "memory"); }
+template <int N>
+DEVICE void settle(float (&c)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) asm volatile("" : "+f"(c[n][e]) :: "memory");
+}
+
+// Descriptors of factors, for the 128-byte swizzle: address, and distances in units of 16 bytes. For
+// sums along rows: from 8 rows to the next 8. Turned: from panel to panel, and from 8 rows to the next.
+DEVICE u64 descriptor(u32 tile, int panel_step, int rows_step) {
+  return (u64)(tile >> 4) | (u64)(panel_step >> 4) << 16 | (u64)(rows_step >> 4) << 32 | 1ull << 62;
+}
+DEVICE u64 along_rows(u32 tile) { return descriptor(tile, 16, 1024); }
+template <int kRows>
+DEVICE u64 along_columns(u32 tile) { return descriptor(tile, kRows * 128, 1024); }
+
+// What takes such a descriptor to the k-th 16 numbers of the sum.
+template <int kRows>
+constexpr int row_step(int k) { return ((k >> 2) * kRows * 128 + (k & 3) * 32) >> 4; }
+constexpr int column_step(int k) { return k * 16 * 128 >> 4; }
+
+// c (+)= A B^T over steps [kFrom, kTo): 64 rows of a tile of kRowsA by all of a tile of kRowsB rows.
+template <int kFrom, int kTo, int kRowsA, int kRowsB, int N>
+DEVICE void multiply_along_rows(float (&c)[N][4], u64 a, u64 b, int more) {
+  static_assert(N * 8 == kRowsB, "");
+#pragma unroll
+  for (int k = kFrom; k < kTo; k++)
+    wgmma<false, false>(c, a + row_step<kRowsA>(k), b + row_step<kRowsB>(k), k == kFrom ? more : 1);
+}
+
+// c (+)= P B for P of 64 rows in registers, B a tile along columns: 16 rows of it a step.
+template <int K, int N>
+DEVICE void multiply_registers(float (&c)[N][4], const u32 (&p)[K][4], u64 b, int more) {
+#pragma unroll
+  for (int k = 0; k < K; k++) wgmma<true>(c, p[k], b + column_step(k), k == 0 ? more : 1);
+}
+
+// A result as the left factor of the next product.
+template <int K, int N>
+DEVICE void to_factor(u32 (&p)[K][4], const float (&c)[N][4]) {
+  static_assert(N == 2 * K, "");
+#pragma unroll
+  for (int k = 0; k < K; k++)
+#pragma unroll
+    for (int x = 0; x < 4; x++)
+      p[k][x] = pack(Tile(), c[2 * k + (x >> 1)][2 * (x & 1)], c[2 * k + (x >> 1)][2 * (x & 1) + 1]);
+}

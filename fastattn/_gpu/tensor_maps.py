@@ -1,0 +1,63 @@
+"""Tensor maps: what Hopper's copy engine is told about an array in memory.
+
+They are encoded by the driver library, which CuPy has loaded, on the host alone, and passed to
+kernels by value.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Of cuda.h: CU_TENSOR_MAP_DATA_TYPE_*, _SWIZZLE_128B, _L2_PROMOTION_L2_128B.
+_TYPES = {"float16": 6, "bfloat16": 9}
+_SWIZZLE, _PROMOTION = 3, 2
+_BYTES, _ALIGNMENT = 128, 64
+_PANEL = 64  # kPanel in kernels/hopper.cuh: columns of a box
+_FARTHEST = 1 << 40  # no stride reaches it
+
+
+class TensorMap(NamedTuple):
+    """A map, and where it lies for a launch to copy it from."""
+
+    address: int
+    storage: np.ndarray
+
+
+@functools.cache
+def _encode() -> Any:
+    """cuTensorMapEncodeTiled."""
+    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    function = library.cuTensorMapEncodeTiled
+    u32, pointer = ctypes.c_uint32, ctypes.c_void_p
+    function.argtypes = [pointer, u32, u32, *[pointer] * 5, u32, u32, u32, u32]
+    function.restype = ctypes.c_int
+    return function
+
+
+@functools.lru_cache(4096)
+def tensor_map(
+    dtype: str, pointer: int, columns: int, rows: int, heads: int, batches: int,
+    row: int, head: int, batch: int, box: int,
+) -> TensorMap | None:  # fmt: skip
+    """The map of an array (batches, heads, rows, columns) with strides in bytes, for tiles of `box`
+    rows; None where the copy engine cannot take the array. Columns lie side by side."""
+    strides = [step if n > 1 else 16 for n, step in ((rows, row), (heads, head), (batches, batch))]
+    if pointer % 16 or not all(0 <= step < _FARTHEST and step % 16 == 0 for step in strides):
+        return None
+    sizes = np.array([columns, rows, heads, batches], np.uint64)
+    steps = np.array(strides, np.uint64)
+    boxes = np.array([_PANEL, box, 1, 1], np.uint32)
+    ones = np.ones(4, np.uint32)
+    storage = np.zeros(_BYTES + _ALIGNMENT, np.uint8)
+    address = -(-storage.ctypes.data // _ALIGNMENT) * _ALIGNMENT
+    error = _encode()(
+        address, _TYPES[dtype], 4, pointer,
+        *(x.ctypes.data for x in (sizes, steps, boxes, ones)),
+        0, _SWIZZLE, _PROMOTION, 0,
+    )  # fmt: skip
+    return None if error else TensorMap(address, storage)
