@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn._gpu import config, params, source
+from fastattn._gpu import config, params, source, wgmma
 
 KERNEL_FILES = importlib.resources.files(fastattn) / "_gpu" / "kernels"
 TILED = [kernel for kernel in config.KERNELS if kernel not in config.SMALL_KERNELS]
@@ -19,8 +19,8 @@ TILED = [kernel for kernel in config.KERNELS if kernel not in config.SMALL_KERNE
 PLACES = [
     pytest.param(arch, family, id=f"{family}-on-{arch}")
     for arch in config.ARCHS
-    for family, oldest in config.FAMILIES.items()
-    if oldest <= arch
+    for family in config.FAMILIES
+    if config.runs(family, arch)
 ]
 
 
@@ -38,7 +38,7 @@ def tiled(arch, family):
 def test_package_has_the_sources():
     names = {path.name for path in KERNEL_FILES.iterdir()}
     shared = {*source._SHARED, *itertools.chain(*source._OF_FAMILY.values())} - {"PARAMS", "WGMMA"}
-    assert names == shared | {f"{kernel}.cu" for kernel in config.KERNELS}
+    assert names == shared | {f"{k}.cu" for k in (*config.KERNELS, *config.HOPPER_KERNELS)}
 
 
 def test_sources_include_nothing():
@@ -77,8 +77,13 @@ def test_choice_is_listed_and_holds_the_head(arch, family):
         for D, Dv in [*pairs, (192, 128), (129, 97), (128, 192)]:
             for rows in config.ROW_CLASSES if kernel == "forward" else (128,):
                 c = config.choose(kernel, arch, family, dtype, general, D, Dv, rows)
-                assert c in listed
-                assert (c.kernel, c.family, c.dtype) == (kernel, family, dtype)
+                assert c in listed and c.dtype == dtype
+                if c.kernel == "hopper_forward":
+                    assert (kernel, family, c.family) == ("forward", "sm_90a", "sm_90a")
+                    assert config.careful(c) in listed
+                else:
+                    assert c.kernel == kernel
+                    assert c.family == ("sm_80" if family == "sm_90a" else family)
                 assert c.general or not general
                 assert c.walk or (c.D >= D and c.Dv >= Dv)
                 assert max(D, Dv) <= max(config.HEAD_TILES) or c.walk
@@ -97,14 +102,56 @@ def test_few_rows_have_small_tiles():
 
 def test_families():
     for arch in config.ARCHS:
-        assert config.FAMILIES[config.default_family(arch)] <= arch
+        assert config.runs(config.default_family(arch), arch)
     assert {config.default_family(arch) for arch in config.ARCHS} == set(config.FAMILIES)
+    assert [arch for arch in config.ARCHS if config.runs("sm_90a", arch)] == [90]
+    older = (config.SPECIFIC_NVRTC[0], config.SPECIFIC_NVRTC[1] - 1)
+    assert config.default_family(90, older) == config.default_family(89) == "sm_80"
+
+
+HOPPER = [
+    c for c in config.configs(90, "sm_90a") if c.kernel in config.HOPPER_KERNELS
+]  # fmt: skip
+
+
+def test_hopper_serves_many_rows_of_16_bits():
+    def kernel(dtype="float16", general=False, D=64, Dv=64, rows=128, kernel="forward"):
+        return config.choose(kernel, 90, "sm_90a", dtype, general, D, Dv, rows).kernel
+
+    assert {(c.kernel, c.dtype) for c in HOPPER} == set(
+        itertools.product(config.HOPPER_KERNELS, ("float16", "bfloat16"))
+    )
+    for D, Dv in itertools.product((8, 64, 72, 128, 136, 192, 256), repeat=2):
+        assert kernel(D=D, Dv=Dv) == "hopper_forward"
+    for other in (
+        dict(dtype="float32"), dict(general=True), dict(rows=64), dict(rows=16), dict(D=264),
+        dict(Dv=264), dict(D=0), dict(Dv=0), dict(D=68), dict(Dv=65),
+    ):  # fmt: skip
+        assert kernel(**other) == "forward"
+    for name in config.KERNELS[1:]:
+        assert kernel(kernel=name) == name
+
+
+def test_hopper_tiles_are_what_its_instructions_take():
+    for c in HOPPER:
+        assert c.Br % 64 == c.Bc % 16 == c.D % 16 == c.Dv % 16 == 0
+        assert max(c.Br, c.Bc) <= 256  # rows of a copy
+        assert {c.Bc, c.Dv} <= set(wgmma.WIDTHS)
+        groups = c.Br // 64
+        assert c.warps == 4 * (groups + (c.kernel == "hopper_forward"))
+        assert c.shared_bytes <= config.shared_limit(90)
+        if c.kernel == "hopper_forward":
+            up, down = re.search(
+                r"kComputers = (.*?), kLoaders = (.*?);", read("hopper_forward.cu")
+            ).groups()
+            names = {"kGroups": groups}
+            registers = [groups * evaluate(f"({up})", names), evaluate(f"({down})", names)]
+            at_start = 65536 // c.threads // 8 * 8
+            assert sum(registers) <= at_start * (groups + 1)
 
 
 def test_fast_is_what_benchmarks_run():
-    fast = {
-        (c.kernel, c.dtype, c.D) for c in config.configs(90, config.default_family(90)) if c.fast
-    }
+    fast = {(c.kernel, c.dtype, c.D) for c in config.configs(90, "sm_80") if c.fast}
     sizes = {"float16": (64, 128, 256), "bfloat16": (64, 128, 256), "float32": (64, 128)}
     assert fast == {
         (kernel, dtype, D)
@@ -201,6 +248,34 @@ def test_shared_memory_holds_what_kernels_lay_out(arch, family):
             results = c.Br * (c.Bc + 1) * names["Acc"]
         assert max(used, results) <= c.shared_bytes <= config.shared_limit(arch)
         assert used == c.shared_bytes or used < results <= c.shared_bytes  # and no more
+
+
+def test_hopper_shared_memory_holds_what_kernels_lay_out():
+    functions = re.findall(
+        r"^constexpr int (panels_of|tile_bytes)\((.*?)\) \{ return (.*); \}", read("hopper.cuh"), re.M
+    )
+    [panel] = map(int, re.findall(r"kPanel = (\d+);", read("hopper.cuh")))
+    declarations = read("hopper_forward.cu").split('extern "C"')[0]
+    constants = re.findall(
+        r"^constexpr int (k(?:Stages|Bytes\w|Buffers|Most)) = (.*);", declarations, re.M
+    )
+    assert len(functions) == 2 and len(constants) == 7
+    for c in HOPPER:
+        names = {"kPanel": panel, "kBr": c.Br, "kBc": c.Bc, "kD": c.D, "kDv": c.Dv}
+        for name, parameters, expression in functions:
+            words = [parameter.split()[1] for parameter in parameters.split(", ")]
+            names[name] = lambda *given, e=expression, w=words: evaluate(e, names | dict(zip(w, given)))
+        for name, expression in constants:
+            names[name] = evaluate(expression, names)
+        if c.kernel == "hopper_careful":
+            one = names["kBytesQ"] + names["kBytesK"] + names["kBytesV"]
+            assert c.shared_bytes == one
+            continue
+        apart = names["kBuffers"] + names["kBytesO"] <= names["kMost"]
+        used = names["kBuffers"] + apart * names["kBytesO"]
+        orders_and_barriers = 2 * 16 + 8 * (2 + 2 * 2 + 4 * names["kStages"])
+        assert used + orders_and_barriers <= c.shared_bytes == used + 256
+        assert names["kMost"] + 256 == config.shared_limit(90)
 
 
 @pytest.mark.parametrize("arch", config.ARCHS)
@@ -311,12 +386,15 @@ def test_family_is_the_environments(device, monkeypatch):
     assert device._family(75) == config.default_family(75)
     for family, oldest in config.FAMILIES.items():
         monkeypatch.setenv("FASTATTN_GPU_ARCH", family)
-        assert device._family(oldest) == device._family(oldest + 1) == family
+        assert device._family(oldest) == family
+        if family.endswith("a"):
+            continue
+        assert device._family(oldest + 1) == family
         with pytest.raises(RuntimeError, match=rf"{family}, which needs.* {oldest / 10};"):
             device._family(oldest - 1)
     for unknown in ("sm_1", "80", "SM_80", "sm_80 "):
         monkeypatch.setenv("FASTATTN_GPU_ARCH", unknown)
-        with pytest.raises(ValueError, match="FASTATTN_GPU_ARCH.*sm_75, sm_80"):
+        with pytest.raises(ValueError, match="FASTATTN_GPU_ARCH.*sm_75, sm_80, sm_90a"):
             device._family(90)
 
 

@@ -13,7 +13,10 @@ from typing import NamedTuple
 
 # Compute capabilities that the sources compile for, and the family that serves each by default.
 ARCHS = (75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)
-FAMILIES = {"sm_75": 75, "sm_80": 80}
+# A family named with an "a" runs on that architecture only, and leaves to _GENERIC what it lacks.
+FAMILIES = {"sm_75": 75, "sm_80": 80, "sm_90a": 90}
+_GENERIC = "sm_80"
+SPECIFIC_NVRTC = (12, 9)  # the oldest where CuPy's own -arch gives way to that of such a family
 
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # name -> bytes
 
@@ -47,6 +50,8 @@ class Config(NamedTuple):
     @property
     def fast(self) -> bool:
         """Whether benchmarks run it, so that its numbers have to stay in registers."""
+        if self.kernel in HOPPER_KERNELS:
+            return True
         sizes = (64, 128, 256) if DTYPES[self.tile_dtype] == 2 else (64, 128)
         return (
             self.kernel in ("forward", "backward_q", "backward_kv")
@@ -78,6 +83,8 @@ class Config(NamedTuple):
         """Shared memory of a block: its buffers, or the results on their way out."""
         if self.kernel in SMALL_KERNELS:
             return 0
+        if self.kernel in HOPPER_KERNELS:
+            return self._hopper_bytes
         row, row_v = self.pitch(self.D), self.pitch(self.Dv)
         acc = 8 if self.dtype == "float64" else 4
         rows, rows_v = {
@@ -97,6 +104,18 @@ class Config(NamedTuple):
         return max(buffers, results)
 
 
+    @property
+    def _hopper_bytes(self) -> int:
+        """Tiles in panels of 64 columns, as kernels/hopper.cuh has them."""
+        row, row_v = (128 * -(-columns // 64) for columns in (self.D, self.Dv))
+        stages = 2 if self.kernel == "hopper_forward" else 1
+        buffers = self.Br * row + stages * self.Bc * (row + row_v)
+        if self.kernel == "hopper_careful":
+            return buffers
+        results, rest = self.Br * row_v, 256
+        return buffers + rest + (results if buffers + rest + results <= shared_limit(90) else 0)
+
+
 def shared_limit(arch: int) -> int:
     """Bytes of shared memory that a block may have on a compute capability."""
     return _SHARED_KIB.get(arch, 99) * 1024
@@ -110,6 +129,8 @@ def head_tile(size: int) -> int:
 # Kernels of rows and numbers, which have no tiles.
 SMALL_KERNELS = ("backward_rows", "combine", "reduce")
 KERNELS = ("forward", "backward_q", "backward_kv", "backward_bias", *SMALL_KERNELS)
+# What sm_90a has in place of "forward": the fast kernel, and the one that takes what it cannot.
+HOPPER_KERNELS = ("hopper_forward", "hopper_careful")
 
 # Rows that a forward tile may have; a problem with few rows takes the smallest that holds them.
 ROW_CLASSES = (16, 64, 128)
@@ -163,6 +184,32 @@ _WALK = {
 }
 
 
+# sm_90a: head tiles (D, Dv) -> (Br, Bc) of a forward with many rows, numbers of 16 bits.
+_HOPPER_TILES = {
+    (64, 64): (192, 128), (96, 96): (128, 128), (128, 128): (128, 128),
+    (192, 128): (128, 112), (192, 192): (128, 80), (256, 256): (128, 64),
+}  # fmt: skip
+
+
+def _hopper_forward(dtype: str, general: bool, D: int, Dv: int, rows: int) -> Config | None:
+    """The configuration of sm_90a that serves a forward, if one does: of head sizes in steps of 16
+    bytes, which the copy engine takes."""
+    if DTYPES[dtype] != 2 or general or rows <= 64 or 0 in (D, Dv) or D % 8 or Dv % 8:
+        return None
+    for (tile, tile_v), (Br, Bc) in _HOPPER_TILES.items():
+        if D <= tile and Dv <= tile_v:
+            warps = Br // 16 + 4
+            return Config(
+                "hopper_forward", "sm_90a", dtype, False, tile, tile_v, False, Br, Bc, warps, 1
+            )
+    return None
+
+
+def careful(config: Config) -> Config:
+    """The kernel that computes again what a `hopper_forward` left."""
+    return config._replace(kernel="hopper_careful", warps=config.Br // 16)
+
+
 @functools.lru_cache(1024)
 def choose(
     kernel: str, arch: int, family: str, dtype: str, general: bool, D: int, Dv: int, rows: int = 128
@@ -171,6 +218,9 @@ def choose(
 
     `rows` is how many query rows share the loads of a forward's keys.
     """
+    if family == "sm_90a":
+        found = _hopper_forward(dtype, general, D, Dv, rows) if kernel == "forward" else None
+        return found or choose(kernel, arch, _GENERIC, dtype, general, D, Dv, rows)
     if kernel in SMALL_KERNELS:
         return Config(kernel, family, dtype, False, 32, 32, False, 64, 64, 4, 1)
     size = DTYPES[Config(kernel, family, dtype, *(0,) * 8).tile_dtype]
@@ -200,21 +250,42 @@ def choose(
 
 
 def configs(arch: int, family: str) -> list[Config]:
-    """Every configuration that `choose` can give on a compute capability."""
+    """Every configuration that `choose` can give on a compute capability, and what goes with it."""
     found = {
-        choose(kernel, arch, family, dtype, general, D, Dv, rows): None
+        choose(kernel, arch, family, dtype, general, D - odd, Dv - odd, rows): None
         for kernel in KERNELS
         for dtype in DTYPES
         for general in (False, True)
-        for D, Dv in [*((n, n) for n in HEAD_TILES), (192, 128), (257, 257)]
+        for D, Dv in [*((n, n) for n in HEAD_TILES), (192, 128), (258, 258)]
+        for odd in (0, 1)  # sizes that no copy engine takes
         for rows in ROW_CLASSES
     }
-    return list(found)
+    return [*found, *(careful(c) for c in found if c.kernel == "hopper_forward")]
 
 
-def default_family(arch: int) -> str:
-    """The newest family that runs on a compute capability."""
-    return max((f for f, oldest in FAMILIES.items() if oldest <= arch), key=FAMILIES.__getitem__)
+def _specific(family: str) -> bool:
+    return family.endswith("a")
+
+
+def runs(family: str, arch: int) -> bool:
+    """Whether a family runs on a compute capability."""
+    return arch == FAMILIES[family] if _specific(family) else arch >= FAMILIES[family]
+
+
+def compiles(family: str, nvrtc: tuple[int, int]) -> bool:
+    """Whether CuPy with a version of NVRTC compiles for a family."""
+    return not _specific(family) or nvrtc >= SPECIFIC_NVRTC
+
+
+def arch_options(family: str) -> tuple[str, ...]:
+    """What NVRTC has to be told beside what CuPy tells it."""
+    return (f"-arch={family}",) if _specific(family) else ()
+
+
+def default_family(arch: int, nvrtc: tuple[int, int] = SPECIFIC_NVRTC) -> str:
+    """The newest family that runs on a compute capability and that NVRTC compiles."""
+    found = (f for f in FAMILIES if runs(f, arch) and compiles(f, nvrtc))
+    return max(found, key=FAMILIES.__getitem__)
 
 
 def table() -> list[dict[str, object]]:
@@ -222,7 +293,7 @@ def table() -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for family, oldest in FAMILIES.items():
         for config in configs(oldest, family):
-            if config.kernel in SMALL_KERNELS:
+            if config.kernel in SMALL_KERNELS or config.family != family:
                 continue
             if config.general != (config.kernel == "backward_bias"):
                 continue

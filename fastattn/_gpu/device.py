@@ -19,6 +19,7 @@ from fastattn._gpu import config as table
 from fastattn._gpu.config import Config
 from fastattn._gpu.params import SIZE
 from fastattn._gpu.source import assemble
+from fastattn._gpu.tensor_maps import TensorMap
 
 OLDEST_CUDA = 12000  # of the runtime that CuPy was built with, as cudaRuntimeGetVersion counts
 
@@ -29,6 +30,7 @@ class Device(NamedTuple):
     id: int
     arch: int  # compute capability, 90 for 9.0
     family: str
+    multiprocessors: int
 
 
 @functools.cache
@@ -47,22 +49,29 @@ def device_of(number: int) -> Device:
             f"fastattn needs a GPU of compute capability {oldest / 10} or newer, and device "
             f"{number} has {arch / 10}"
         )
-    return Device(number, arch, _family(arch))
+    multiprocessors = cupy.cuda.Device(number).attributes["MultiProcessorCount"]
+    return Device(number, arch, _family(arch), multiprocessors)
 
 
 def _family(arch: int) -> str:
     """The kernel family: FASTATTN_GPU_ARCH, or the newest that runs here."""
     name = os.environ.get("FASTATTN_GPU_ARCH")
+    nvrtc = cupy.cuda.nvrtc.getVersion()
     if not name:
-        return table.default_family(arch)
+        return table.default_family(arch, nvrtc)
     if name not in table.FAMILIES:
         raise ValueError(
             f"FASTATTN_GPU_ARCH is {name!r}, expected one of {', '.join(table.FAMILIES)}"
         )
-    if table.FAMILIES[name] > arch:
+    if not table.runs(name, arch):
         raise RuntimeError(
             f"FASTATTN_GPU_ARCH is {name}, which needs compute capability "
             f"{table.FAMILIES[name] / 10}; this device has {arch / 10}"
+        )
+    if not table.compiles(name, nvrtc):
+        raise RuntimeError(
+            f"FASTATTN_GPU_ARCH is {name}, which needs NVRTC {_dotted(table.SPECIFIC_NVRTC)} or "
+            f"newer; CuPy is using {_dotted(nvrtc)}"
         )
     return name
 
@@ -90,7 +99,8 @@ def load(device: Device, config: Config) -> Kernel:
     kernel = _kernels.get((device.id, config))
     if kernel is None:
         with _loading:
-            module = cupy.RawModule(code=assemble(config), options=OPTIONS, backend="nvrtc")
+            options = (*OPTIONS, *table.arch_options(config.family))
+            module = cupy.RawModule(code=assemble(config), options=options, backend="nvrtc")
             raw = module.get_function(config.kernel)
             shared = config.shared_bytes
             if shared > 48 * 1024:
@@ -106,15 +116,20 @@ class _Arguments(threading.local):
     def __init__(self) -> None:
         self.bound = False  # whether the driver has a context in this thread
         self.block = np.zeros(SIZE // 8, np.int64)
-        self.pointers = np.array([self.block.ctypes.data], np.uint64)
+        # of the block, and of the tensor maps that follow it in some kernels
+        self.pointers = np.array([self.block.ctypes.data, 0, 0, 0], np.uint64)
         self.address = self.pointers.ctypes.data
 
 
 arguments = _Arguments()
 
 
-def launch(kernel: Kernel, blocks: int, stream: int) -> None:
-    """Start a kernel on `stream` with the thread's `arguments`."""
+def launch(
+    kernel: Kernel, blocks: int, stream: int, maps: tuple[TensorMap, ...] = ()
+) -> None:
+    """Start a kernel on `stream` with the thread's `arguments`, and tensor maps if it takes any."""
+    for place, found in enumerate(maps, 1):
+        arguments.pointers[place] = found.address
     if not arguments.bound:
         cupy.cuda.runtime.setDevice(cupy.cuda.runtime.getDevice())
         arguments.bound = True
@@ -137,8 +152,12 @@ def device_info() -> dict[str, Any]:
         "memory_gib": round(properties["totalGlobalMem"] / 2**30),
         "cuda_runtime": _version(runtime.runtimeGetVersion()),
         "cuda_driver": _version(runtime.driverGetVersion()),
-        "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
+        "nvrtc": _dotted(cupy.cuda.nvrtc.getVersion()),
     }
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _version(number: int) -> str:

@@ -15,9 +15,10 @@ from typing import Any
 import cupy
 import numpy as np
 
-from fastattn._gpu.config import Config, choose
+from fastattn._gpu.config import Config, careful, choose
 from fastattn._gpu.device import Device, arguments, device_of, launch, load
 from fastattn._gpu.params import NO_ARRAY, pack
+from fastattn._gpu.tensor_maps import TensorMap, tensor_map
 from fastattn._problem import Problem
 
 LONGEST = 1 << 29  # rows or keys: positions are 32-bit in kernels, and twice that is "far"
@@ -42,6 +43,8 @@ def forward(problem: Problem, out: Any, lse: Any) -> None:
     rows = p.group * p.Lq if packed else p.Lq
     config = call.config("forward", rows)
     tiles = -(-rows // config.Br)
+    if config.kernel == "hopper_forward":
+        return _hopper_forward(call, config, tiles, arrays, _kind(out))
     pieces = max(1, -(-p.Dv // config.Dv)) if config.walk else 1
     splits, split_keys = _split(p.Lk, config) if few else (1, 0)
     scalars: dict[str, Any] = {
@@ -57,6 +60,28 @@ def forward(problem: Problem, out: Any, lse: Any) -> None:
     call.launch(config, heads * tiles * pieces * splits, arrays, scalars)
     if splits > 1:
         call.launch(call.config("combine"), p.batch * p.Hq * p.Lq, arrays, scalars)
+
+
+def _hopper_forward(
+    call: _Call, config: Config, tiles: int, arrays: dict[str, Any], out_kind: int
+) -> None:
+    """All tiles by the fast kernel, and again by the careful one what did not end finite; or all by
+    the careful one, where tensor maps cannot take an array."""
+    p = call.problem
+    scalars: dict[str, Any] = {"out_kind": out_kind, "tiles": tiles, "splits": 1}
+    total = tiles * p.batch * p.Hq
+    maps = call.maps(config, arrays)
+    if maps is None:
+        call.launch(careful(config), total, arrays, scalars)
+        return
+    workspace = cupy.empty(16 + total * config.Br // 16, np.uint8)
+    blocks = min(total, call.device.multiprocessors)
+    scalars["flags"] = workspace.data.ptr + 16
+    if total > blocks:  # they take tiles from a counter
+        scalars["next"] = workspace.data.ptr
+        cupy.cuda.runtime.memsetAsync(workspace.data.ptr, 0, 4, call.stream)
+    call.launch(config, blocks, arrays, scalars, maps)
+    call.launch_again(careful(config), blocks)
 
 
 def _split(Lk: int, config: Config) -> tuple[int, int]:
@@ -203,10 +228,34 @@ class _Call:
         return choose(kernel, device.arch, device.family, p.dtype, self.general, p.D, p.Dv, rows)
 
     def launch(
-        self, config: Config, blocks: int, arrays: dict[str, Any], scalars: dict[str, Any]
-    ) -> None:
+        self, config: Config, blocks: int, arrays: dict[str, Any], scalars: dict[str, Any],
+        maps: tuple[TensorMap, ...] = (),
+    ) -> None:  # fmt: skip
         pack(arguments.block, arrays, self.options, scalars)
+        launch(load(self.device, config), blocks, self.stream, maps)
+
+    def launch_again(self, config: Config, blocks: int) -> None:
+        """Another kernel with the arguments of the launch before."""
         launch(load(self.device, config), blocks, self.stream)
+
+    def maps(self, config: Config, arrays: dict[str, Any]) -> tuple[TensorMap, ...] | None:
+        """The tensor maps of q, k and v for a configuration's tiles; None where one has none."""
+        p, found = self.problem, []
+        for name, rows, heads, columns, box in (
+            ("q", p.Lq, p.Hq, p.D, config.Br),
+            ("k", p.Lk, p.Hkv, p.D, config.Bc),
+            ("v", p.Lk, p.Hkv, p.Dv, config.Bc),
+        ):
+            pointer, batches, batch, head, row, _, access = arrays[name]
+            if batches or access != _VECTORS:
+                return None
+            one = tensor_map(
+                p.dtype, pointer, columns, rows, heads, p.batch, row, head, batch, box
+            )
+            if one is None:
+                return None
+            found.append(one)
+        return tuple(found)
 
     def inputs(self) -> dict[str, tuple[int, ...]]:
         """The arrays of the problem itself."""

@@ -18,7 +18,7 @@ _SHARED = (
     "types.cuh", "mma.cuh", "arrays.cuh", "PARAMS", "pairs.cuh", "blocks.cuh", "gradient.cuh",
 )  # fmt: skip
 # What a family has besides.
-_OF_FAMILY: dict[str, tuple[str, ...]] = {"sm_90a": ("WGMMA", "hopper.cuh")}
+_OF_FAMILY: dict[str, tuple[str, ...]] = {"sm_90a": ("WGMMA", "hopper.cuh", "hopper_forward.cuh")}
 _C_TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "float", "float64": "double"}
 
 

@@ -141,15 +141,17 @@ template <> constexpr float kUpOf<f16> = 1;
 constexpr float kUp = kUpOf<Tile>, kDown = 1 / kUp;
 
 // Take what is not finite out of a tile, or (kTaint) leave 1 where it was and 0 elsewhere.
+template <class T>
+DEVICE void sanitize(T& x, int mode) {
+  const auto value = widen(x);
+  const bool is_finite = finite(x);
+  narrow(x, mode == kTaint ? (is_finite ? 0 : 1) : is_finite ? value * (mode == kScaled ? kDown : 1) : 0);
+}
 template <int kRows, int kColumns>
 DEVICE void sanitize(Tile* tile, int mode) {
   __syncthreads();
 #pragma unroll 1
-  for (int x = threadIdx.x; x < kRows * kColumns; x += kThreads) {
-    Tile& y = tile[x / kColumns * pitch_of(kColumns) + x % kColumns];
-    const auto value = widen(y);
-    const bool is_finite = finite(y);
-    narrow(y, mode == kTaint ? (is_finite ? 0 : 1) : is_finite ? value * (mode == kScaled ? kDown : 1) : 0);
-  }
+  for (int x = threadIdx.x; x < kRows * kColumns; x += kThreads)
+    sanitize(tile[x / kColumns * pitch_of(kColumns) + x % kColumns], mode);
   __syncthreads();
 }

@@ -1,0 +1,107 @@
+// Forward on Hopper, the careful way: what hopper_forward.cu computes, in the same arithmetic and to
+// the same bits, one thing after the other and loaded by ordinary loads.
+//
+// Tiles whose flag is set, which did not all end finite, are computed again in the modes kClean,
+// kScaled and kTaint of forward.cu. Without flags, for arrays that tensor maps cannot take, all tiles
+// are computed here, first in the usual mode.
+
+static_assert(kThreads == 128 * kGroups, "");
+static_assert(kThreads / 32 * kStage <= tile_bytes(kBc, kD) + tile_bytes(kBc, kDv), "");
+
+// kRows rows of an array into a tile, `row` being the first; zeros beyond `rows` and `width`, and what
+// is not finite as `mode` has it. A chunk is in the array or beyond it: D and Dv are multiples of 8.
+template <int kRows, int kColumns>
+DEVICE void load_tile_carefully(char* tile, const Array& array, const char* row, int rows, int width, int mode) {
+  constexpr int kChunks = 8 * panels_of(kColumns);
+#pragma unroll 1
+  for (int x = threadIdx.x; x < kRows * kChunks; x += kThreads) {
+    const int r = x / kChunks, c = x % kChunks;
+    union { uint4 all; Elem each[8]; } chunk;
+    chunk.all = make_uint4(0, 0, 0, 0);
+    if (r < rows && c * 8 < width) {
+      const char* const from = row + r * array.row + c * 8 * array.column;
+      if (array.access == kVectors) {
+        chunk.all = *(const uint4*)from;
+      } else {
+#pragma unroll
+        for (int e = 0; e < 8; e++) chunk.each[e] = load<Elem>(from + e * array.column, array.access);
+      }
+      if (mode != kUsual) {
+#pragma unroll
+        for (int e = 0; e < 8; e++) sanitize(chunk.each[e], mode);
+      }
+    }
+    *(uint4*)(tile + chunk_at<kRows>(0, r, c)) = chunk.all;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+hopper_careful(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) char shared[];
+  char* const sQ = shared;
+  char* const sK = sQ + tile_bytes(kBr, kD);
+  char* const sV = sK + tile_bytes(kBc, kD);
+  const int total = (int)(p.tiles * p.Hq * p.batch), step = (int)gridDim.x;
+  const u32* const flags = (const u32*)p.flags;  // four warps' flags in each
+  auto flagged = [&](int index) {
+    u32 any = 0;
+    for (int x = 0; x < kGroups; x++) any |= flags[(i64)index * kGroups + x];
+    return any != 0;
+  };
+  if (flags) {
+    bool any = false;
+    for (i64 index = blockIdx.x + (i64)threadIdx.x * step; index < total; index += (i64)step * kThreads)
+      any = any || flagged((int)index);
+    if (!__syncthreads_or(any)) return;
+  }
+
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const u64 of_q = along_rows(shared_address(sQ) + (warp >> 2) * 64 * 128);
+  const u64 of_k = along_rows(shared_address(sK)), of_v = along_columns<kBc>(shared_address(sV));
+  const float log2_unit = (float)(p.scale * kLog2e);
+  for (i64 index = blockIdx.x; index < total; index += step) {
+    if (flags && !flagged((int)index)) continue;
+    const Turn turn = turn_of(index, p.tiles, p.Hq * p.batch);
+    const int b = (int)(turn.head / p.Hq), h = (int)(turn.head % p.Hq), kv_head = h / (int)p.group;
+    const Work work = work_of(p, b, (int)p.tiles - 1 - turn.tile);
+    const int i = work.row0 + warp * 16 + (lane >> 2), kv_len = entry_of(p, b).kv_len;
+    __syncthreads();
+    load_tile_carefully<kBr, kD>(sQ, p.q, p.q.at(b, h) + work.row0 * p.q.row, (int)p.Lq - work.row0, (int)p.D, kUsual);
+
+    for (int mode = flags ? kClean : kUsual, next;; mode = next) {
+      Results results;
+      Rows rows;
+      results.clear();
+      rows.clear();
+#pragma unroll 1
+      for (int n = work.to - 1; n >= work.from; n--) {
+        const int j = n * kBc;
+        load_tile_carefully<kBc, kD>(sK, p.k, p.k.at(b, kv_head) + j * p.k.row, kv_len - j, (int)p.D, kUsual);
+        load_tile_carefully<kBc, kDv>(sV, p.v, p.v.at(b, kv_head) + j * p.v.row, kv_len - j, (int)p.Dv, mode);
+        writes_to_async();
+        __syncthreads();
+        Scores scores;
+        u32 factor[kN / 2][4];
+        float scale[2];
+        scores.start(of_q, of_k);
+        products_wait<0>();
+        scores.finish();
+        if (mode != kUsual || work.cut(n)) scores.exclude(p, b, i, j);
+        rows.add(scores, scale, log2_unit, mode);
+        to_factor(factor, scores.s[0]);
+        results.rescale(scale);
+        results.start(factor, of_v);
+        products_wait<0>();
+        settle(results.o);
+        __syncthreads();
+      }
+      const bool odd = __syncthreads_or(results.finish(p, rows, b, h, i, mode));
+      next = mode == kUsual ? kClean : mode == kClean && odd ? kScaled : kTaint;
+      if (mode == kUsual && odd) continue;
+      results.write_lse(p, b, h, i, mode);
+      results.write_out(p, b, h, work.row0 + warp * 16, (float*)(sK + warp * kStage), mode);
+      __syncthreads();
+      if (mode == kUsual || mode == kTaint) break;
+    }
+  }
+}

@@ -1,0 +1,195 @@
+// What Hopper's two forward kernels share, so that a tile has the same bits from either:
+// hopper_forward.cu, the fast one, and hopper_careful.cu, which takes any array and computes again
+// what did not end finite.
+//
+// A warpgroup owns 64 query rows; a thread has two of them, g and g + 8 of its warp's 16, shared by
+// four lanes. Blocks of kBc keys are walked from the last to the first.
+
+constexpr int kGroups = kBr / 64;  // warpgroups that compute
+constexpr int kN = kBc / 8, kO = kDv / 8;
+// Truncated sums of more than 128 products would be felt in lse: the rest has a sum of its own.
+constexpr int kSteps = kD / 16, kFirstSteps = kD > 128 ? 8 : kSteps;
+
+// kBr rows of a query head, and the blocks of keys that they see.
+struct Work {
+  int row0;
+  int from, to;              // blocks
+  int whole_from, whole_to;  // blocks that no bound cuts
+
+  DEVICE bool cut(int n) const { return n < whole_from || n >= whole_to; }
+};
+
+DEVICE Work work_of(const Params& p, int b, int tile) {
+  const Entry entry = entry_of(p, b);
+  Work w;
+  w.row0 = tile * kBr;
+  const int last = min_of(w.row0 + kBr, entry.q_len) - 1;
+  const int begin = first_key(entry, w.row0);
+  const int end = w.row0 < entry.q_len ? end_of_keys(entry, last) : 0;
+  w.from = begin / kBc;
+  w.to = end > begin ? (end + kBc - 1) / kBc : w.from;
+  w.whole_from = (max_of(last + entry.below, 0) + kBc - 1) / kBc;
+  w.whole_to = max_of(min_of(w.row0 + entry.above + 1, entry.kv_len), 0) / kBc;
+  return w;
+}
+
+// S = Q K^T, a batch of products.
+struct Scores {
+  float s[1][kN][4];
+  float rest[kFirstSteps < kSteps ? kN : 1][4];
+
+  DEVICE void start(u64 q, u64 k) {
+    products_fence();
+    multiply_along_rows<0, kFirstSteps, kBr, kBc>(s[0], q, k, 0);
+    if constexpr (kFirstSteps < kSteps) multiply_along_rows<kFirstSteps, kSteps, kBr, kBc>(rest, q, k, 0);
+    products_commit();
+  }
+  // Once the products are there.
+  DEVICE void finish() {
+    settle(s[0]);
+    if constexpr (kFirstSteps < kSteps) {
+      settle(rest);
+#pragma unroll
+      for (int n = 0; n < kN; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[0][n][e] += rest[n][e];
+    }
+  }
+  // -inf where a bound excludes a pair: thread row i and the keys from j on.
+  DEVICE void exclude(const Params& p, int b, int i, int j) {
+    const Entry entry = entry_of(p, hidden(b));
+    score(p, s, nullptr, false, 0, [&](int, int half) { return keys_of_row(entry, hidden(i) + 8 * half, j); });
+  }
+};
+
+// A thread's rows so far: maximum and sum of exp(score - maximum), the sum over this lane's columns.
+struct Rows {
+  float max[2], sum[2];
+
+  DEVICE void clear() {
+    max[0] = max[1] = -infinity(float());
+    sum[0] = sum[1] = 0;
+  }
+
+  // Scores become exp(score - maximum), in the modes of arrays.cuh; what was summed so far is to be
+  // multiplied by scale.
+  DEVICE void add(Scores& scores, float (&scale)[2], float log2_unit, int mode = kUsual) {
+    auto& s = scores.s[0];
+    float high[2] = {max[0], max[1]}, safe[2], part[2][2] = {};
+#pragma unroll
+    for (int n = 0; n < kN; n++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        high[half] = max_of(high[half], max_of(s[n][2 * half], s[n][2 * half + 1]));
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      high[half] = quad_max(high[half]);
+      safe[half] = high[half] == -infinity(float()) ? 0 : high[half];
+      scale[half] = mode == kTaint ? 1 : exp2_of((max[half] - safe[half]) * log2_unit);
+      max[half] = high[half];
+    }
+#pragma unroll
+    for (int n = 0; n < kN; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        float& x = s[n][e];
+        const float most = safe[e >> 1];
+        if (mode < kScaled) x = exp2_of(fma_of(x, log2_unit, -(most * log2_unit)));
+        else if (mode == kScaled) x = exp2_of((x - most) * log2_unit);
+        else x = x == -infinity(float()) ? 0 : 1;
+        part[e >> 1][e & 1] += x;
+      }
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      sum[half] = fma_of(sum[half], scale[half], part[half][0] + part[half][1]);
+  }
+};
+
+// Results in the making, a thread's columns of its two rows.
+struct Results {
+  float o[kO][4], lse[2];
+
+  DEVICE void clear() {
+#pragma unroll
+    for (int n = 0; n < kO; n++) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0;
+  }
+  DEVICE void rescale(const float (&scale)[2]) {
+    // No row of the warp has a new maximum: the usual case once the large scores have been met.
+    if (kDv > 64 && __all_sync(~0u, scale[0] == 1 && scale[1] == 1)) return;
+#pragma unroll
+    for (int n = 0; n < kO; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) o[n][e] *= scale[e >> 1];
+  }
+  // o += P V, a batch of products.
+  DEVICE void start(const u32 (&factor)[kN / 2][4], u64 v) {
+    products_fence();
+    multiply_registers(o, factor, v, 1);
+    products_commit();
+  }
+  // Normalise; returns whether something is not finite that a row computed. As in forward.cu.
+  DEVICE bool finish(const Params& p, const Rows& rows, int b, int h, int i, int mode) {
+    const int q_len = entry_of(p, b).q_len;
+    const float none = -infinity(float());
+    bool odd = false;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float sum = quad_sum(rows.sum[half]), high = rows.max[half], factor = 1;
+      const bool exists = i + 8 * half < q_len, dead = !exists || (high == none && sum == 0);
+      if (high != none) high *= (float)p.scale;
+      if (mode == kScaled) factor *= kUp;
+      if (p.sinks && exists) {
+        const float sink = ((const float*)p.sinks)[h], top = max_of(high, sink);
+        const float safe = top == none ? 0 : top, shrunk = exp2_of((high - safe) * (float)kLog2e);
+        factor *= shrunk;
+        sum = (dead ? 0 : sum * shrunk) + exp2_of((sink - safe) * (float)kLog2e);
+        high = top;
+      }
+      lse[half] = !exists || (high == none && sum == 0) ? none : high + log_of(sum);
+      factor /= sum;
+      odd = odd || (!dead && (!finite(sum) || sum == 0));
+#pragma unroll
+      for (int n = 0; n < kO; n++)
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; e++) {
+          if (mode != kTaint) o[n][e] = dead ? 0 : o[n][e] * factor;
+          odd = odd || !finite(o[n][e]);
+        }
+    }
+    return odd;
+  }
+  DEVICE void write_lse(const Params& p, int b, int h, int i, int mode) const {
+    if ((threadIdx.x & 3) != 0 || mode == kTaint) return;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      if (i + 8 * half >= p.Lq) continue;
+      char* const to = p.lse.at(b, h) + (i + 8 * half) * p.lse.row;
+      if (mode != kScaled || !finite(load<float>(to, p.lse.access))) store(to, lse[half], p.lse.access);
+    }
+  }
+  // To any array, number by number, through kStage bytes of shared memory for each warp: i0 is its
+  // first row.
+  DEVICE void write_out(const Params& p, int b, int h, int i0, float* stage, int mode) const {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const int rows = min_of((int)p.Lq - i0, 16);
+#pragma unroll
+    for (int n0 = 0; n0 < kO; n0 += 4) {
+      __syncwarp();
+#pragma unroll
+      for (int n = 0; n < 4; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) stage[(g + (e >> 1) * 8) * 32 + n * 8 + 2 * t + (e & 1)] = o[n0 + n][e];
+      __syncwarp();
+      const int c = n0 * 8 + lane;
+      char* to = p.out.at(b, h) + i0 * p.out.row + c * p.out.column;
+#pragma unroll 1
+      for (int r = 0; r < rows && c < p.Dv; r++, to += p.out.row) {
+        const float x = stage[r * 32 + lane];
+        if (p.out_kind == kF32) write<float>(to, x, p.out.access, mode);
+        else write<Elem>(to, x, p.out.access, mode);
+      }
+    }
+  }
+};
+constexpr int kStage = 16 * 32 * 4;
+static_assert(kO % 4 == 0, "");
