@@ -35,6 +35,7 @@ from helpers import (
 from fastattn import merge_attention_states, safe_softmax, safe_softmax_backward
 from fastattn.attention import attention_backward, attention_forward
 from fastattn.testing import (
+    assert_forward,
     assert_gradients,
     dropout_keep,
     reference_backward,
@@ -827,6 +828,167 @@ def test_every_family_that_runs_here_keeps_to_the_oracle():
         code = f"import test_gpu_device as m; m.check_some({family!r})"
         done = run_python(code, timeout=400, FASTATTN_GPU_ARCH=family)
         assert done.split() == [family]
+
+
+# ---------------------------------------------------------------- Hopper's own forward
+
+
+@pytest.fixture
+def ways(gpu, monkeypatch):
+    """How forwards went since: "maps", or "loads" where tensor maps could not take an array; with
+    `ways.only_loads = True`, all of them by loads."""
+    from fastattn._gpu import device, driver
+
+    if device.device_of(cupy.cuda.Device().id).family != "sm_90a":
+        pytest.skip("this GPU has no kernels of sm_90a")
+
+    class Ways(list):
+        only_loads = False
+
+    ways, make_maps = Ways(), driver._Call.maps
+
+    def maps(self, *args):
+        found = None if ways.only_loads else make_maps(self, *args)
+        ways.append("loads" if found is None else "maps")
+        return found
+
+    monkeypatch.setattr(driver._Call, "maps", maps)
+    return ways
+
+
+HOPPER_OPTIONS = {
+    "none": {},
+    "causal": dict(is_causal=True),
+    "lower_right": dict(is_causal=True, causal_offset="lower_right"),
+    "offsets": dict(is_causal=True, causal_offset=np.array([-40, 33])),
+    "window": dict(window_size=(10, 20)),
+    "left_window": dict(window_size=(150, None), is_causal=True, causal_offset=7),
+    "lens": dict(
+        q_lens=np.array([60, 300]), kv_lens=np.array([0, 130]), is_causal=True,
+        causal_offset="lower_right",
+    ),
+    "sinks": dict(sinks=np.array([0.5, -1, 3, 30]), window_size=(None, 0)),
+    "scale": dict(scale=3.0),
+}  # fmt: skip
+HOPPER_HEADS = [
+    (8, 8), (40, 40), (64, 64), (72, 96), (128, 128), (136, 24), (192, 192), (192, 128), (256, 256)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOPPER_OPTIONS)
+@pytest.mark.parametrize(("D", "Dv"), HOPPER_HEADS)
+def test_hopper_forward_keeps_to_the_oracle_either_way(D, Dv, name, ways, rng):
+    """To the same bits; at each length something else is cut."""
+    for Lq, Lk, dtype in ((300, 257, "bfloat16"), (65, 128, "float16"), (193, 63, "bfloat16")):
+        options = HOPPER_OPTIONS[name]
+        if name == "lens":
+            options = options | dict(q_lens=np.minimum(options["q_lens"], Lq))
+            options["kv_lens"] = np.minimum(options["kv_lens"], Lk)
+        case = make_case(
+            rng, DTYPES[dtype], lead=(2,), Hq=4, Hkv=2, Lq=Lq, Lk=Lk, D=D, Dv=Dv, **options
+        )
+        ways.only_loads = False
+        result = case.forward()
+        assert_forward(case.q, case.k, case.v, *result, **options)
+        ways.only_loads = True
+        assert_same_bits(case.forward()._asdict(), result._asdict())
+        assert ways[-2:] == ["maps", "loads"]
+
+
+@pytest.mark.parametrize("D", [64, 128, 192, 256])
+def test_hopper_forward_in_any_layout_has_the_same_bits(D, ways, rng):
+    case = make_case(
+        rng, DTYPES["bfloat16"], lead=(2,), Hq=4, Hkv=2, Lq=300, Lk=270, D=D, is_causal=True
+    )
+    expected = case.forward()._asdict()
+
+    def unaligned(x):
+        y = np.zeros(x.size + 8, x.dtype)[1 : 1 + x.size].reshape(x.shape)
+        y[...] = x
+        return y
+
+    def flipped(x):
+        return np.ascontiguousarray(x[..., ::-1, :])[..., ::-1, :]
+
+    def swapped(x):
+        return np.ascontiguousarray(x.swapaxes(-2, -3)).swapaxes(-2, -3)
+
+    def columns(x):
+        return np.ascontiguousarray(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+    for change, way in (
+        (swapped, "maps"), (unaligned, "loads"), (flipped, "loads"), (columns, "loads"),
+    ):  # fmt: skip
+        other = case.with_(q=change(case.q), k=change(case.k), v=change(case.v))
+        assert_same_bits(other.forward()._asdict(), expected, change.__name__)
+        assert ways[-1] == way
+
+
+@pytest.mark.parametrize("repeated", ["heads", "keys"])
+def test_hopper_forward_takes_broadcast_keys(repeated, ways, rng):
+    case = make_case(rng, DTYPES["float16"], lead=(2,), Hq=4, Lq=150, Lk=140, D=128)
+    one = case.k[:, :1] if repeated == "heads" else case.k[:, :, :1]
+    spread = np.broadcast_to(one, case.k.shape)
+    expected = case.with_(k=np.ascontiguousarray(spread)).forward()
+    assert_same_bits(case.with_(k=spread).forward()._asdict(), expected._asdict())
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_hopper_forward_keeps_poison_where_it_belongs(dtype, D, ways, rng):
+    kv_lens = np.array([400, 333])
+    case = make_case(
+        rng, DTYPES[dtype], lead=(2,), Hq=4, Hkv=2, Lq=400, Lk=400, D=D, is_causal=True,
+        kv_lens=kv_lens,
+    )  # fmt: skip
+    clean = case.forward()._asdict()
+    for poison in (nan, inf):
+        k, v = case.k.copy(), case.v.copy()
+        k[0, :, 200] = v[0, :, 210] = k[1, :, 333:] = v[1, :, 333:] = poison
+        found = case.with_(k=k, v=v).forward()._asdict()
+        for name, x in found.items():
+            assert_same_bits(x[0, :, :200], clean[name][0, :, :200], name)
+            assert_same_bits(x[1], clean[name][1], name)
+        assert not np.isfinite(found["out"][0, :, 210:].astype(np.float32)).any()
+
+
+def test_hopper_forward_of_large_values_is_finite(ways, rng):
+    """Sums that overflow though their mean does not."""
+    case = make_case(rng, DTYPES["bfloat16"], Hq=2, Lq=200, Lk=300, D=64)
+    case = case.with_(v=np.full_like(case.v, 3e38))
+    assert_forward(case.q, case.k, case.v, *case.forward())
+
+
+@pytest.mark.parametrize(("D", "L", "Hq"), [(64, 1000, 40), (128, 1100, 24), (256, 700, 36)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_hopper_forward_with_more_tiles_than_multiprocessors(is_causal, D, L, Hq, ways, rng):
+    """Several tiles for each block; every head is as it is alone."""
+    options = dict(lead=(2,), Hq=Hq, Hkv=Hq // 4, Lq=L, Lk=L, D=D, is_causal=is_causal)
+    case = make_case(rng, DTYPES["bfloat16"], **options)
+    together = case.forward()
+    assert_same_bits(case.forward()._asdict(), together._asdict())
+    for b, h in ((0, 0), (1, Hq - 1), (1, 5)):
+        kv = np.s_[b : b + 1, h // 4 : h // 4 + 1]
+        q = case.q[b : b + 1, h : h + 1]
+        alone = case.with_(q=q, k=case.k[kv], v=case.v[kv])
+        result = alone.forward()
+        assert_forward(q, case.k[kv], case.v[kv], *result, is_causal=is_causal)
+        assert_same_bits(together.out[b : b + 1, h : h + 1], result.out)
+        assert_same_bits(together.lse[b : b + 1, h : h + 1], result.lse)
+
+
+def test_hopper_forward_writes_to_any_out(ways, rng):
+    case = on_device(make_case(rng, np.float16, lead=(2,), Hq=2, Lq=200, Lk=150, D=72, Dv=40))
+    expected = to_host(case.forward().out)
+    for dtype, shape, cut in (
+        (np.float16, (2, 2, 200, 41), np.s_[..., 1:]), (np.float16, (2, 2, 40, 200), "columns"),
+        (np.float32, (2, 2, 200, 40), np.s_[...]), (np.float32, (2, 2, 200, 43), np.s_[..., 2:42]),
+    ):  # fmt: skip
+        whole = cupy.full(shape, 7, dtype)
+        out = whole.swapaxes(-1, -2) if cut == "columns" else whole[cut]
+        attention_forward(case.q, case.k, case.v, out=out)
+        assert (to_host(out).astype(np.float16) == expected).all()
+        assert cut == "columns" or (whole == 7).sum() >= whole.size - out.size
 
 
 def test_an_unknown_family_is_refused_and_the_names_are_listed():

@@ -18,7 +18,8 @@ constexpr int kBuffers = kBytesQ + kStages * (kBytesK + kBytesV);
 constexpr int kMost = 227 * 1024 - 256;
 constexpr bool kApart = kBuffers + kBytesO <= kMost;  // results have room of their own,
 constexpr int kAtO = kApart ? kBuffers : 0;           // else they take that of Q
-constexpr int kComputers = kGroups == 2 ? 240 : 160, kLoaders = kGroups == 2 ? 24 : 32;  // registers
+constexpr int kComputers = kGroups == 2 ? 240 : kGroups == 3 ? 160 : 112, kLoaders = kGroups == 2 ? 24 : 32;  // registers
+constexpr bool kTurns = kGroups == 3;  // warpgroups start their products in turn
 
 // A tile of the work, as the loader hands it on; b = -1 is the end.
 struct alignas(16) Order { int b, h, tile, index; };
@@ -106,6 +107,7 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
   const u64 of_q = along_rows(sQ + group * 64 * 128), of_k = along_rows(sK), of_v = along_columns<kBc>(sV);
   const float log2_unit = (float)(p.scale * kLog2e);
   int tiles = 0, blocks = 0;  // done so far
+  if (kTurns && group == kGroups - 1) named_arrive(8, 256);
   for (int turn = 0;; turn++) {
     const int slot = turn & 1;
     barrier_wait(order_full + 8 * slot, turn >> 1 & 1);
@@ -125,8 +127,9 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
       u32 factor[kN / 2][4];
       float scale[2];
       int n = work.to - 1, stage = blocks % kStages;
+      auto wait_k = [&](int block) { barrier_wait(k_full + 8 * (block % kStages), block / kStages & 1); };
       barrier_wait(q_full, tiles & 1);
-      barrier_wait(k_full + 8 * stage, blocks / kStages & 1);
+      wait_k(blocks);
       scores.start(of_q, of_k + (stage * kBytesK >> 4));
       products_wait<0>();
       scores.finish();
@@ -134,18 +137,23 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
       if (work.cut(n)) scores.exclude(p, order.b, i, n * kBc);
       rows.add(scores, scale, log2_unit);
       to_factor(factor, scores.s[0]);
+      if (n > work.from) wait_k(blocks + 1);
 #pragma unroll 1
       while (--n >= work.from) {
         const int next = (blocks + 1) % kStages;
-        barrier_wait(k_full + 8 * next, (blocks + 1) / kStages & 1);
+        if (kTurns) named_sync(8 + group, 256);
         scores.start(of_q, of_k + (next * kBytesK >> 4));
         barrier_wait(v_full + 8 * stage, blocks / kStages & 1);
         results.start(factor, of_v + (stage * kBytesV >> 4));
+        if (kTurns) named_arrive(8 + (group + 1) % kGroups, 256);
         products_wait<1>();
         scores.finish();
         if (lane == 0) barrier_arrive(k_free + 8 * next);
         if (work.cut(n)) scores.exclude(p, order.b, i, n * kBc);
         rows.add(scores, scale, log2_unit);
+        // Here, since the compiler moves a wait for products up to the branch before it, and the
+        // softmax is to come before that.
+        if (n > work.from) wait_k(blocks + 2);
         products_wait<0>();
         settle(results.o);
         if (lane == 0) barrier_arrive(v_free + 8 * stage);
