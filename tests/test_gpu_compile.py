@@ -23,9 +23,8 @@ OPTIONS = ("--std=c++17", "-default-device", "--fmad=false", "-ftz=true")
 CHECKS = ("-diag-suppress=177", "-Xptxas=-v")
 
 # Kernels that fill all 255 registers spill some numbers; an array that left them is hundreds of
-# bytes. On Hopper only warps that load may spill.
+# bytes. On Hopper those are numbers of the warp that loads.
 MOST_SPILLED = 128
-MOST_SPILLED_BY_LOADERS = 64
 
 
 class Compiled(NamedTuple):
@@ -46,11 +45,10 @@ class Compiled(NamedTuple):
     @property
     def complaint(self):
         """What is wrong with it, or nothing."""
-        most = MOST_SPILLED_BY_LOADERS if self.config.family == "sm_90a" else MOST_SPILLED
         worst = re.search(r"^.*\b(warning|error|Performance Loss|C75\d\d)\b.*$", self.log, re.M)
         if self.error or worst:
             text = self.log if self.error else worst[0]
-        elif self.config.fast and self.spilled > most:
+        elif self.config.fast and self.spilled > MOST_SPILLED:
             text = f"{self.spilled} bytes spilled"
         else:
             return ""

@@ -1,5 +1,7 @@
 """What the host does for GPU kernels: choosing, cutting work, describing arrays. Needs no GPU."""
 
+import ctypes
+import functools
 import importlib.resources
 import inspect
 import itertools
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn._gpu import config, params, source, wgmma
+from fastattn._gpu import config, params, source, tensor_maps, wgmma
 
 KERNEL_FILES = importlib.resources.files(fastattn) / "_gpu" / "kernels"
 TILED = [kernel for kernel in config.KERNELS if kernel not in config.SMALL_KERNELS]
@@ -109,9 +111,7 @@ def test_families():
     assert config.default_family(90, older) == config.default_family(89) == "sm_80"
 
 
-HOPPER = [
-    c for c in config.configs(90, "sm_90a") if c.kernel in config.HOPPER_KERNELS
-]  # fmt: skip
+HOPPER = [c for c in config.configs(90, "sm_90a") if c.kernel in config.HOPPER_KERNELS]
 
 
 def test_hopper_serves_many_rows_of_16_bits():
@@ -141,13 +141,11 @@ def test_hopper_tiles_are_what_its_instructions_take():
         assert c.warps == 4 * (groups + (c.kernel == "hopper_forward"))
         assert c.shared_bytes <= config.shared_limit(90)
         if c.kernel == "hopper_forward":
-            up, down = re.search(
-                r"kComputers = (.*?), kLoaders = (.*?);", read("hopper_forward.cu")
-            ).groups()
-            names = {"kGroups": groups}
-            registers = [groups * evaluate(f"({up})", names), evaluate(f"({down})", names)]
+            text = read("hopper_forward.cu")
+            up, down = re.search(r"kComputers = (.*?), kLoaders = (.*?);", text).groups()
+            registers = [evaluate(f"({x})", {"kGroups": groups}) for x in (up, down)]
             at_start = 65536 // c.threads // 8 * 8
-            assert sum(registers) <= at_start * (groups + 1)
+            assert groups * registers[0] + registers[1] <= at_start * (groups + 1)
 
 
 def test_fast_is_what_benchmarks_run():
@@ -251,20 +249,23 @@ def test_shared_memory_holds_what_kernels_lay_out(arch, family):
 
 
 def test_hopper_shared_memory_holds_what_kernels_lay_out():
-    functions = re.findall(
-        r"^constexpr int (panels_of|tile_bytes)\((.*?)\) \{ return (.*); \}", read("hopper.cuh"), re.M
-    )
+    function = r"^constexpr int (panels_of|tile_bytes)\((.*?)\) \{ return (.*); \}"
+    functions = re.findall(function, read("hopper.cuh"), re.M)
     [panel] = map(int, re.findall(r"kPanel = (\d+);", read("hopper.cuh")))
     declarations = read("hopper_forward.cu").split('extern "C"')[0]
     constants = re.findall(
         r"^constexpr int (k(?:Stages|Bytes\w|Buffers|Most)) = (.*);", declarations, re.M
     )
     assert len(functions) == 2 and len(constants) == 7
+
+    def defined(names, parameters, expression):
+        words = [parameter.split()[1] for parameter in parameters.split(", ")]
+        return lambda *given: evaluate(expression, names | dict(zip(words, given)))
+
     for c in HOPPER:
         names = {"kPanel": panel, "kBr": c.Br, "kBc": c.Bc, "kD": c.D, "kDv": c.Dv}
         for name, parameters, expression in functions:
-            words = [parameter.split()[1] for parameter in parameters.split(", ")]
-            names[name] = lambda *given, e=expression, w=words: evaluate(e, names | dict(zip(w, given)))
+            names[name] = defined(names, parameters, expression)
         for name, expression in constants:
             names[name] = evaluate(expression, names)
         if c.kernel == "hopper_careful":
@@ -396,6 +397,42 @@ def test_family_is_the_environments(device, monkeypatch):
         monkeypatch.setenv("FASTATTN_GPU_ARCH", unknown)
         with pytest.raises(ValueError, match="FASTATTN_GPU_ARCH.*sm_75, sm_80, sm_90a"):
             device._family(90)
+
+
+def test_tensor_maps_say_where_the_array_is(monkeypatch):
+    told = []
+
+    def encode(address, kind, rank, pointer, sizes, strides, box, steps, *rest):
+        def read(kind, count, at):
+            return tuple((kind * count).from_address(at))
+
+        u64, u32 = ctypes.c_uint64, ctypes.c_uint32
+        told.append(
+            (kind, rank, pointer, read(u64, 4, sizes), read(u64, 3, strides), read(u32, 4, box))
+        )
+        assert address % 64 == 0 and read(u32, 4, steps) == (1, 1, 1, 1)
+        assert rest == (0, 3, 2, 0)  # no interleaving, 128-byte swizzle, L2, zeros outside
+        ctypes.memset(address, 7, 128)
+        return 0
+
+    monkeypatch.setattr(tensor_maps, "_encode", lambda: encode)
+    make = functools.partial(tensor_maps.tensor_map.__wrapped__, "bfloat16")
+    found = make(1024, 72, 300, 4, 2, 144, 43200, 172800, 128)
+    assert told == [(9, 4, 1024, (72, 300, 4, 2), (144, 43200, 172800), (64, 128, 1, 1))]
+    held = range(found.storage.ctypes.data, found.storage.ctypes.data + found.storage.nbytes)
+    assert found.address in held and found.address + 127 in held
+    assert (found.storage == 7).sum() == 128
+    make(1024, 72, 1, 1, 1, -3, 0, 1 << 50, 128)  # strides of axes of one say nothing
+    assert told[-1][4] == (16, 16, 16)
+    make(1024, 72, 300, 4, 2, 0, 0, 0, 128)  # broadcast
+    assert told[-1][4] == (0, 0, 0)
+    for pointer, row, head in (
+        (1032, 144, 288), (1024, -144, 288), (1024, 150, 288), (1024, 144, 1 << 40),
+    ):  # fmt: skip
+        assert make(pointer, 72, 300, 4, 2, row, head, 43200, 128) is None
+    monkeypatch.setattr(tensor_maps, "_encode", lambda: lambda *args: 1)
+    assert make(1024, 72, 300, 4, 2, 144, 43200, 172800, 128) is None  # the driver refuses
+    assert tensor_maps._PANEL == int(re.search(r"kPanel = (\d+);", read("hopper.cuh"))[1])
 
 
 def test_constants_are_those_of_the_kernels(driver):

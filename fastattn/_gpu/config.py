@@ -103,7 +103,6 @@ class Config(NamedTuple):
             results = self.Br * (self.Bc + 1) * acc
         return max(buffers, results)
 
-
     @property
     def _hopper_bytes(self) -> int:
         """Tiles in panels of 64 columns, as kernels/hopper.cuh has them."""

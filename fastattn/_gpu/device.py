@@ -124,9 +124,7 @@ class _Arguments(threading.local):
 arguments = _Arguments()
 
 
-def launch(
-    kernel: Kernel, blocks: int, stream: int, maps: tuple[TensorMap, ...] = ()
-) -> None:
+def launch(kernel: Kernel, blocks: int, stream: int, maps: tuple[TensorMap, ...] = ()) -> None:
     """Start a kernel on `stream` with the thread's `arguments`, and tensor maps if it takes any."""
     for place, found in enumerate(maps, 1):
         arguments.pointers[place] = found.address

@@ -9,7 +9,9 @@ the kernels; workspace comes from CuPy's allocator and is given back as its stre
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import cupy
@@ -202,6 +204,33 @@ def _pointer(array: Any) -> int:
     return 0 if array is None else array.data.ptr
 
 
+@functools.lru_cache(1024)
+def _describe(
+    pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], size: int, axes: int
+) -> tuple[Any, ...]:
+    """The fields of `Array`, whose last `axes` axes are no batch axes; where batch entries have no
+    one stride, that is None."""
+    lead = strides[:-axes]
+    head, row, column = (*strides[-axes:], 0)[:3]
+    batch: int | None = 0
+    steps = [(n, stride) for n, stride in zip(shape, lead) if n != 1]
+    if steps:
+        batch = steps[-1][1]
+        if any(outer[1] != inner[0] * inner[1] for outer, inner in zip(steps[:-1], steps[1:])):
+            batch = None
+    together = pointer | head | row
+    for stride in lead if batch is None else (batch,):
+        together |= stride
+    if (
+        axes == 3 and column == size and together % 16 == 0
+        and shape[-1] * size % 16 == 0 and pointer
+    ):  # fmt: skip
+        access = _VECTORS
+    else:
+        access = _BYTES if (together | column) % size else _ELEMENTS
+    return pointer, 0, batch, head, row, column, access
+
+
 class _Call:
     """One call: its device and stream, its arrays as kernels see them, its launches."""
 
@@ -249,9 +278,7 @@ class _Call:
             pointer, batches, batch, head, row, _, access = arrays[name]
             if batches or access != _VECTORS:
                 return None
-            one = tensor_map(
-                p.dtype, pointer, columns, rows, heads, p.batch, row, head, batch, box
-            )
+            one = tensor_map(p.dtype, pointer, columns, rows, heads, p.batch, row, head, batch, box)
             if one is None:
                 return None
             found.append(one)
@@ -298,39 +325,22 @@ class _Call:
 
     def array(self, array: Any) -> tuple[int, ...]:
         """An array (..., heads, rows, columns) as `Array` in kernels/arrays.cuh has it."""
-        *lead, head, row, column = array.strides
-        pointer, size = array.data.ptr, array.itemsize
-        batches, batch = self._leading(array.shape[:-3], lead)
-        together = pointer | head | row | batch
-        if batches:
-            for stride in lead:
-                together |= stride
-        if column == size and together % 16 == 0 and array.shape[-1] * size % 16 == 0 and pointer:
-            access = _VECTORS
-        else:
-            access = _BYTES if (together | column) % size else _ELEMENTS
-        return pointer, batches, batch, head, row, column, access
+        return self._described(array, 3)
 
     def rows(self, array: Any) -> tuple[int, ...]:
         """An array (..., heads, rows), likewise."""
-        *lead, head, row = array.strides
-        batches, batch = self._leading(array.shape[:-2], lead)
-        together = array.data.ptr | head | row | batch
-        for stride in lead:
-            together |= stride
-        access = _BYTES if together % array.itemsize else _ELEMENTS
-        return array.data.ptr, batches, batch, head, row, 0, access
+        return self._described(array, 2)
 
-    def _leading(self, shape: tuple[int, ...], strides: list[int]) -> tuple[int, int]:
-        """Where batch entries are: (address of a table of offsets, or 0; else their one stride)."""
-        steps = [(n, stride) for n, stride in zip(shape, strides) if n != 1]
-        if not steps:
-            return 0, 0
-        if all(outer[1] == inner[0] * inner[1] for outer, inner in zip(steps[:-1], steps[1:])):
-            return 0, steps[-1][1]
-        return self.offsets(shape, strides, [False] * len(shape)), 0
+    def _described(self, array: Any, axes: int) -> tuple[int, ...]:
+        shape, strides = array.shape, array.strides
+        found = _describe(array.data.ptr, shape, strides, array.itemsize, axes)
+        if found[2] is not None:
+            return found
+        lead = shape[:-axes]
+        table = self.offsets(lead, strides[:-axes], [False] * len(lead))
+        return found[0], table, 0, *found[3:]
 
-    def offsets(self, shape: tuple[int, ...], steps: list[int], drop: list[bool]) -> int:
+    def offsets(self, shape: tuple[int, ...], steps: Sequence[int], drop: Sequence[bool]) -> int:
         """The address of a table: sums of index x step over the axes not dropped, in C order."""
         axes = [(n, step) for n, step, dropped in zip(shape, steps, drop) if not dropped]
         table = cupy.zeros([n for n, _ in axes], np.int64)

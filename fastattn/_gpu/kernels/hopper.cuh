@@ -53,12 +53,9 @@ DEVICE void barrier_wait(u32 barrier, int parity) {
       "@!over bra again;}" :: "r"(barrier), "r"(parity) : "memory");
 }
 
-// Named barriers 1 to 15: all `threads` of them, or some arrive and others wait.
+// Named barriers 1 to 15, for `threads` of a block.
 DEVICE void named_sync(int name, int threads) {
   asm volatile("bar.sync %0, %1;" :: "r"(name), "r"(threads) : "memory");
-}
-DEVICE void named_arrive(int name, int threads) {
-  asm volatile("bar.arrive %0, %1;" :: "r"(name), "r"(threads) : "memory");
 }
 
 // What threads wrote to shared memory is there for copies and products of the other kind; each writer

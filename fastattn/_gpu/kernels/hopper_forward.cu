@@ -18,8 +18,7 @@ constexpr int kBuffers = kBytesQ + kStages * (kBytesK + kBytesV);
 constexpr int kMost = 227 * 1024 - 256;
 constexpr bool kApart = kBuffers + kBytesO <= kMost;  // results have room of their own,
 constexpr int kAtO = kApart ? kBuffers : 0;           // else they take that of Q
-constexpr int kComputers = kGroups == 2 ? 240 : kGroups == 3 ? 160 : 112, kLoaders = kGroups == 2 ? 24 : 32;  // registers
-constexpr bool kTurns = kGroups == 3;  // warpgroups start their products in turn
+constexpr int kComputers = kGroups == 2 ? 240 : 160, kLoaders = kGroups == 2 ? 24 : 32;  // registers
 
 // A tile of the work, as the loader hands it on; b = -1 is the end.
 struct alignas(16) Order { int b, h, tile, index; };
@@ -107,7 +106,6 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
   const u64 of_q = along_rows(sQ + group * 64 * 128), of_k = along_rows(sK), of_v = along_columns<kBc>(sV);
   const float log2_unit = (float)(p.scale * kLog2e);
   int tiles = 0, blocks = 0;  // done so far
-  if (kTurns && group == kGroups - 1) named_arrive(8, 256);
   for (int turn = 0;; turn++) {
     const int slot = turn & 1;
     barrier_wait(order_full + 8 * slot, turn >> 1 & 1);
@@ -141,11 +139,9 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
 #pragma unroll 1
       while (--n >= work.from) {
         const int next = (blocks + 1) % kStages;
-        if (kTurns) named_sync(8 + group, 256);
         scores.start(of_q, of_k + (next * kBytesK >> 4));
         barrier_wait(v_full + 8 * stage, blocks / kStages & 1);
         results.start(factor, of_v + (stage * kBytesV >> 4));
-        if (kTurns) named_arrive(8 + (group + 1) % kGroups, 256);
         products_wait<1>();
         scores.finish();
         if (lane == 0) barrier_arrive(k_free + 8 * next);

@@ -114,8 +114,9 @@ struct Results {
     for (int n = 0; n < kO; n++) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0;
   }
   DEVICE void rescale(const float (&scale)[2]) {
-    // No row of the warp has a new maximum: the usual case once the large scores have been met.
-    if (kDv > 64 && __all_sync(~0u, scale[0] == 1 && scale[1] == 1)) return;
+    // No row of the warp has a new maximum: the usual case once the large scores have been met. Where
+    // there are few columns, looking costs as much as multiplying.
+    if (kDv > 128 && __all_sync(~0u, scale[0] == 1 && scale[1] == 1)) return;
 #pragma unroll
     for (int n = 0; n < kO; n++)
 #pragma unroll
