@@ -432,6 +432,19 @@ def test_calls_of_many_python_threads(own, rng):
 # ---------------------------------------------------------------- graphs
 
 
+def captured(stream, pool, case):
+    """A Case on the device, the graph of its run, and where that leaves its results."""
+    with cupy.cuda.using_allocator(pool.malloc):
+        case = on_device(case)
+        case.run()
+        stream.begin_capture()
+        try:
+            results = case.run()
+        finally:
+            graph = stream.end_capture()
+    return case, graph, results
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize(
     "name",
@@ -439,7 +452,6 @@ def test_calls_of_many_python_threads(own, rng):
      "segments", "dropout", "everything"],
 )  # fmt: skip
 def test_a_graph_is_replayed_with_other_contents(name, dtype, rng):
-    """Its memory is that of a pool that no one else allocates from."""
     first, other = (option_case(rng, DTYPES[dtype], name) for _ in range(2))
     if name in ("all_lens", "causal_offsets"):  # arrays may change, lists are the graph's own
         for case in (first, other):
@@ -450,16 +462,9 @@ def test_a_graph_is_replayed_with_other_contents(name, dtype, rng):
     elif name == "dropout":
         for seed, case in enumerate((first, other)):
             case.options["seed"] = np.full(1, seed, np.uint64)
-    pool = cupy.cuda.MemoryPool()
+    pool = cupy.cuda.MemoryPool()  # no one else allocates from it, and it outlives the graph
     with cupy.cuda.Stream(non_blocking=True) as stream:
-        with cupy.cuda.using_allocator(pool.malloc):
-            case = on_device(first)
-            case.run()
-            stream.begin_capture()
-            try:
-                results = case.run()
-            finally:
-                graph = stream.end_capture()
+        case, graph, results = captured(stream, pool, first)
         case_of_other = on_device(other)
         expected = to_host(case_of_other.run())
         litter = [cupy.full(n << 16, nan) for n in range(1, 9)]
@@ -479,16 +484,9 @@ def test_a_graph_holds_lengths_that_were_given_by_the_host(rng):
     """In lists, which are no one's memory when the graph is replayed."""
     case = option_case(rng, np.float32, "all_lens")
     expected = on_gpu(case)
-    pool = cupy.cuda.MemoryPool()
+    pool = cupy.cuda.MemoryPool()  # no one else allocates from it, and it outlives the graph
     with cupy.cuda.Stream(non_blocking=True) as stream:
-        with cupy.cuda.using_allocator(pool.malloc):
-            case = on_device(case)
-            case.run()
-            stream.begin_capture()
-            try:
-                results = case.run()
-            finally:
-                graph = stream.end_capture()
+        case, graph, results = captured(stream, pool, case)
         for fill in (1, 2):  # goes through the memory that copies from the host use
             on_device(case.with_(q_lens=[fill, fill + 1], kv_lens=[fill, 3])).run()
         graph.launch()

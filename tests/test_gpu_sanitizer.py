@@ -1,0 +1,78 @@
+"""Every GPU kernel under NVIDIA's compute-sanitizer.
+
+Run as a program, this file calls every kernel of a dtype: head sizes of each tile, with and without
+element-wise options, split keys, and blocks that are computed again. CuPy's pool is off, so that
+memory ends where its array does. `pytest -m slow` runs it so once per tool and dtype.
+"""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import DTYPES, make_case, nan
+
+from fastattn.attention import attention_backward, attention_forward
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+SIZES = ((64, 64), (128, 128), (192, 128), (256, 256), (300, 270))  # the last in pieces
+
+
+def cases(rng, dtype):
+    """Small problems that between them need every kernel."""
+    for D, Dv in SIZES:
+        shape = dict(lead=(2,), Hq=2, Hkv=1, Lq=131, Lk=150, D=D, Dv=Dv)
+        plain = make_case(rng, dtype, is_causal=True, kv_lens=[149, 70], q_lens=[131, 9], **shape)
+        yield plain
+        poisoned = plain.with_(k=plain.k.copy(), v=plain.v.copy())
+        poisoned.k[1, :, 70:] = poisoned.v[1, :, 70:] = nan
+        poisoned.v[0, :, 140:] = nan
+        yield poisoned
+        yield make_case(
+            rng, dtype, attn_mask=rng.random((131, 150)) < 0.7, softcap=20.0,
+            alibi_slopes=np.array([0.1, 0.2]), bias=rng.standard_normal((2, 1, 150)),
+            dropout_p=0.2, seed=3, sinks=np.array([0.5, -0.5]),
+            q_segment_ids=np.arange(131) // 50,
+            kv_segment_ids=np.arange(150) // 50, **shape,
+        )  # fmt: skip
+    yield make_case(rng, dtype, lead=(1,), Hq=8, Hkv=2, Lq=1, Lk=1100, D=128)
+
+
+def run_cases(dtype):
+    import cupy
+
+    from fastattn._gpu import config, device
+
+    def copy(x):  # CuPy takes no bfloat16 from the host
+        if not isinstance(x, np.ndarray):
+            return x
+        raw = x.view(np.uint16) if x.dtype == DTYPES["bfloat16"] else x
+        return cupy.asarray(raw).view(x.dtype)
+
+    cupy.cuda.set_allocator(None)
+    for case in cases(np.random.default_rng(0), DTYPES[dtype]):
+        q, k, v, dout, dlse = map(copy, (case.q, case.k, case.v, case.dout, case.dlse))
+        options = {name: copy(x) for name, x in case.options.items()}
+        out, lse = attention_forward(q, k, v, **options)
+        attention_backward(dout, q, k, v, out, lse, dlse=dlse, wrt=case.wrt, **options)
+    cupy.cuda.Device().synchronize()
+    ran = {key[1].kernel for key in device._kernels}
+    assert ran == set(config.KERNELS), set(config.KERNELS) - ran
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_kernel_is_clean(tool, dtype):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer, which the CUDA toolkit has")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, dtype]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "ERROR SUMMARY: 0 errors" in done.stdout or "0 hazards" in done.stdout, done.stdout
+
+
+if __name__ == "__main__":
+    run_cases(sys.argv[1])
