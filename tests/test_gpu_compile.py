@@ -156,10 +156,11 @@ def test_kernel_compiles(nvrtc, kernel):
     compile_all(nvrtc, list(jobs))
 
 
-def test_hopper_kernels_compile(nvrtc):
-    forwards = [chosen("forward", 90, dtype, 64) for dtype in ("float16", "bfloat16")]
-    assert {c.family for c in forwards} == {"sm_90a"}
-    compile_all(nvrtc, [(c, 90) for f in forwards for c in (f, config.careful(f))])
+@pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv"])
+def test_hopper_kernels_compile(nvrtc, kernel):
+    fast = [chosen(kernel, 90, dtype, 64) for dtype in ("float16", "bfloat16")]
+    assert {c.family for c in fast} == {"sm_90a"}
+    compile_all(nvrtc, [(c, 90) for f in fast for c in (f, config.careful(f))])
 
 
 def test_serialised_products_are_seen(nvrtc):

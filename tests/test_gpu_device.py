@@ -829,12 +829,12 @@ def test_every_family_that_runs_here_keeps_to_the_oracle():
         assert done.split() == [family]
 
 
-# ---------------------------------------------------------------- Hopper's own forward
+# ---------------------------------------------------------------- Hopper's own kernels
 
 
 @pytest.fixture
 def ways(gpu, monkeypatch):
-    """How forwards went since: "maps", or "loads" where tensor maps could not take an array; with
+    """How kernels were launched since: "maps", or "loads" where tensor maps could not take an array; with
     `ways.only_loads = True`, all of them by loads."""
     from fastattn._gpu import device, driver
 
@@ -894,33 +894,73 @@ def test_hopper_forward_keeps_to_the_oracle_either_way(D, Dv, name, ways, rng):
         assert ways[-2:] == ["maps", "loads"]
 
 
+@pytest.mark.parametrize("name", HOPPER_OPTIONS)
+@pytest.mark.parametrize(("D", "Dv"), HOPPER_HEADS)
+def test_hopper_backward_keeps_to_the_oracle_either_way(D, Dv, name, ways, rng):
+    """To the same bits; at each length something else is cut."""
+    for Lq, Lk, dtype in ((300, 257, "bfloat16"), (65, 128, "float16"), (1, 63, "bfloat16")):
+        options = HOPPER_OPTIONS[name]
+        if name == "lens":
+            options = options | dict(q_lens=np.minimum(options["q_lens"], Lq))
+            options["kv_lens"] = np.minimum(options["kv_lens"], Lk)
+        case = make_case(
+            rng, DTYPES[dtype], lead=(2,), Hq=4, Hkv=2, Lq=Lq, Lk=Lk, D=D, Dv=Dv, **options
+        )
+        ways.only_loads = False
+        results = case.check()
+        assert ways[-2:] == ["maps", "maps"]
+        ways.only_loads = True
+        again = case.backward(results["out"], results["lse"])
+        assert_same_bits(again._asdict(), {n: results.get(n) for n in again._fields})
+        assert ways[-2:] == ["loads", "loads"]
+
+
+def unaligned(x):
+    y = np.zeros(x.size + 8, x.dtype)[1 : 1 + x.size].reshape(x.shape)
+    y[...] = x
+    return y
+
+
+def flipped(x):
+    return np.ascontiguousarray(x[..., ::-1, :])[..., ::-1, :]
+
+
+def swapped(x):
+    return np.ascontiguousarray(x.swapaxes(-2, -3)).swapaxes(-2, -3)
+
+
+def columns(x):
+    return np.ascontiguousarray(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
+# and which way they are loaded
+LAYOUTS = {swapped: "maps", unaligned: "loads", flipped: "loads", columns: "loads"}
+
+
 @pytest.mark.parametrize("D", [64, 128, 192, 256])
 def test_hopper_forward_in_any_layout_has_the_same_bits(D, ways, rng):
     case = make_case(
         rng, DTYPES["bfloat16"], lead=(2,), Hq=4, Hkv=2, Lq=300, Lk=270, D=D, is_causal=True
     )
     expected = case.forward()._asdict()
-
-    def unaligned(x):
-        y = np.zeros(x.size + 8, x.dtype)[1 : 1 + x.size].reshape(x.shape)
-        y[...] = x
-        return y
-
-    def flipped(x):
-        return np.ascontiguousarray(x[..., ::-1, :])[..., ::-1, :]
-
-    def swapped(x):
-        return np.ascontiguousarray(x.swapaxes(-2, -3)).swapaxes(-2, -3)
-
-    def columns(x):
-        return np.ascontiguousarray(x.swapaxes(-1, -2)).swapaxes(-1, -2)
-
-    for change, way in (
-        (swapped, "maps"), (unaligned, "loads"), (flipped, "loads"), (columns, "loads"),
-    ):  # fmt: skip
+    for change, way in LAYOUTS.items():
         other = case.with_(q=change(case.q), k=change(case.k), v=change(case.v))
         assert_same_bits(other.forward()._asdict(), expected, change.__name__)
         assert ways[-1] == way
+
+
+@pytest.mark.parametrize("D", [64, 128, 192, 256])
+def test_hopper_backward_in_any_layout_has_the_same_bits(D, ways, rng):
+    case = make_case(
+        rng, DTYPES["bfloat16"], lead=(2,), Hq=4, Hkv=2, Lq=300, Lk=270, D=D, is_causal=True
+    )
+    results = case.forward()
+    expected = case.backward(*results)._asdict()
+    for change, way in LAYOUTS.items():
+        for names in (("q", "k", "v", "dout"), ("dout",)):
+            other = case.with_(**{name: change(getattr(case, name)) for name in names})
+            assert_same_bits(other.backward(*results)._asdict(), expected, change.__name__)
+            assert ways[-2:] == [way, way]
 
 
 @pytest.mark.parametrize("repeated", ["heads", "keys"])
@@ -951,6 +991,34 @@ def test_hopper_forward_keeps_poison_where_it_belongs(dtype, D, ways, rng):
         assert not np.isfinite(found["out"][0, :, 210:].astype(np.float32)).any()
 
 
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_hopper_backward_keeps_poison_where_it_belongs(dtype, D, ways, rng):
+    lens = np.array([400, 333])
+    case = make_case(
+        rng, DTYPES[dtype], lead=(2,), Hq=4, Hkv=2, Lq=400, Lk=400, D=D, is_causal=True,
+        kv_lens=lens, q_lens=lens + [0, 50],
+    )  # fmt: skip
+    out, lse = case.forward()
+    clean = case.backward(out, lse)
+    for poison in (nan, inf):
+        k, v, q, dout = (x.copy() for x in (case.k, case.v, case.q, case.dout))
+        k[1, :, 333:] = v[1, :, 333:] = q[1, :, 383:] = dout[1, :, 383:] = poison
+        k[0, :, 200] = v[0, :, 210] = poison
+        keys = case.with_(k=k, v=v, q=q, dout=dout).backward(out, lse)
+        assert_same_bits(keys.dq[0, :, :200], clean.dq[0, :, :200])
+        assert not np.isfinite(keys.dq[0, :, 200:].astype(np.float32)).all()
+        dout[0, :, 100] = poison
+        rows = case.with_(q=q, dout=dout).backward(out, lse)
+        for name in ("dk", "dv"):
+            found, expected = getattr(rows, name), getattr(clean, name)
+            assert_same_bits(found[0, :, 101:], expected[0, :, 101:], name)
+            assert not np.isfinite(found[0, :, :101].astype(np.float32)).any()
+        for name in ("dq", "dk", "dv"):
+            assert_same_bits(getattr(keys, name)[1], getattr(clean, name)[1], name)
+            assert_same_bits(getattr(rows, name)[1], getattr(clean, name)[1], name)
+
+
 def test_hopper_forward_of_large_values_is_finite(ways, rng):
     """Sums that overflow though their mean does not."""
     case = make_case(rng, DTYPES["bfloat16"], Hq=2, Lq=200, Lk=300, D=64)
@@ -974,6 +1042,25 @@ def test_hopper_forward_with_more_tiles_than_multiprocessors(is_causal, D, L, Hq
         assert_forward(q, case.k[kv], case.v[kv], *result, is_causal=is_causal)
         assert_same_bits(together.out[b : b + 1, h : h + 1], result.out)
         assert_same_bits(together.lse[b : b + 1, h : h + 1], result.lse)
+
+
+@pytest.mark.parametrize(("D", "L", "Hq"), [(64, 1000, 40), (128, 1100, 24), (256, 700, 36)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_hopper_backward_with_more_tiles_than_multiprocessors(is_causal, D, L, Hq, ways, rng):
+    """Every head is as it is alone, and no call as another."""
+    options = dict(lead=(2,), Hq=Hq, Hkv=Hq // 4, Lq=L, Lk=L, D=D, is_causal=is_causal)
+    case = make_case(rng, DTYPES["bfloat16"], **options)
+    out, lse = case.forward()
+    together = case.backward(out, lse)
+    assert_same_bits(case.backward(out, lse)._asdict(), together._asdict())
+    for b, h in ((0, 0), (1, Hq // 4 - 1)):
+        kv, q = np.s_[b : b + 1, h : h + 1], np.s_[b : b + 1, 4 * h : 4 * h + 4]
+        alone = case.with_(
+            q=case.q[q], k=case.k[kv], v=case.v[kv], dout=case.dout[q], dlse=case.dlse[q]
+        )
+        result = alone.backward(out[q], lse[q])
+        for name, cut in (("dq", q), ("dk", kv), ("dv", kv)):
+            assert_same_bits(getattr(together, name)[cut], getattr(result, name), name)
 
 
 def test_hopper_forward_writes_to_any_out(ways, rng):

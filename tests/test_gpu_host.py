@@ -39,7 +39,7 @@ def tiled(arch, family):
 
 def test_package_has_the_sources():
     names = {path.name for path in KERNEL_FILES.iterdir()}
-    shared = {*source._SHARED, *itertools.chain(*source._OF_FAMILY.values())} - {"PARAMS", "WGMMA"}
+    shared = {*source._SHARED, *itertools.chain(*source._OF_KERNEL.values())} - {"PARAMS", "WGMMA"}
     assert names == shared | {f"{k}.cu" for k in (*config.KERNELS, *config.HOPPER_KERNELS)}
 
 
@@ -80,8 +80,8 @@ def test_choice_is_listed_and_holds_the_head(arch, family):
             for rows in config.ROW_CLASSES if kernel == "forward" else (128,):
                 c = config.choose(kernel, arch, family, dtype, general, D, Dv, rows)
                 assert c in listed and c.dtype == dtype
-                if c.kernel == "hopper_forward":
-                    assert (kernel, family, c.family) == ("forward", "sm_90a", "sm_90a")
+                if c.kernel in config.HOPPER_KERNELS:
+                    assert c.kernel == f"hopper_{kernel}" and family == c.family == "sm_90a"
                     assert config.careful(c) in listed
                 else:
                     assert c.kernel == kernel
@@ -114,34 +114,44 @@ def test_families():
 HOPPER = [c for c in config.configs(90, "sm_90a") if c.kernel in config.HOPPER_KERNELS]
 
 
-def test_hopper_serves_many_rows_of_16_bits():
-    def kernel(dtype="float16", general=False, D=64, Dv=64, rows=128, kernel="forward"):
+@pytest.mark.parametrize("own", ["forward", "backward_q", "backward_kv"])
+def test_hopper_serves_many_rows_of_16_bits(own):
+    def kernel(dtype="float16", general=False, D=64, Dv=64, rows=128, kernel=own):
         return config.choose(kernel, 90, "sm_90a", dtype, general, D, Dv, rows).kernel
 
     assert {(c.kernel, c.dtype) for c in HOPPER} == set(
         itertools.product(config.HOPPER_KERNELS, ("float16", "bfloat16"))
     )
     for D, Dv in itertools.product((8, 64, 72, 128, 136, 192, 256), repeat=2):
-        assert kernel(D=D, Dv=Dv) == "hopper_forward"
+        assert kernel(D=D, Dv=Dv) == f"hopper_{own}"
     for other in (
-        dict(dtype="float32"), dict(general=True), dict(rows=64), dict(rows=16), dict(D=264),
-        dict(Dv=264), dict(D=0), dict(Dv=0), dict(D=68), dict(Dv=65),
+        dict(dtype="float32"), dict(general=True), dict(D=264), dict(Dv=264), dict(D=0),
+        dict(Dv=0), dict(D=68), dict(Dv=65),
     ):  # fmt: skip
-        assert kernel(**other) == "forward"
-    for name in config.KERNELS[1:]:
+        assert kernel(**other) == own
+    for rows in (16, 64):
+        assert kernel(rows=rows) == (own if own == "forward" else f"hopper_{own}")
+    for name in ("backward_bias", *config.SMALL_KERNELS):
         assert kernel(kernel=name) == name
 
 
 def test_hopper_tiles_are_what_its_instructions_take():
     for c in HOPPER:
+        fast = "careful" not in c.kernel
         assert c.Br % 64 == c.Bc % 16 == c.D % 16 == c.Dv % 16 == 0
         assert max(c.Br, c.Bc) <= 256  # rows of a copy
-        assert {c.Bc, c.Dv} <= set(wgmma.WIDTHS)
-        groups = c.Br // 64
-        assert c.warps == 4 * (groups + (c.kernel == "hopper_forward"))
+        if c.kernel.endswith("_kv"):  # keys are the rows of products
+            assert c.D == c.Dv and c.Bc == (128 if c.D <= 128 else 64)
+            groups, share = 2, 1 if c.D <= 128 else 2
+            widths = {c.Br // share, c.D // share}
+        else:
+            groups = c.Br // 64
+            widths = {c.Bc, c.D if c.kernel.endswith("_q") else c.Dv}
+        assert widths <= set(wgmma.WIDTHS)
+        assert c.warps == 4 * (groups + fast)
         assert c.shared_bytes <= config.shared_limit(90)
-        if c.kernel == "hopper_forward":
-            text = read("hopper_forward.cu")
+        if fast:
+            text = read(f"{c.kernel}.cu")
             up, down = re.search(r"kComputers = (.*?), kLoaders = (.*?);", text).groups()
             registers = [evaluate(f"({x})", {"kGroups": groups}) for x in (up, down)]
             at_start = 65536 // c.threads // 8 * 8
@@ -248,35 +258,56 @@ def test_shared_memory_holds_what_kernels_lay_out(arch, family):
         assert used == c.shared_bytes or used < results <= c.shared_bytes  # and no more
 
 
-def test_hopper_shared_memory_holds_what_kernels_lay_out():
-    function = r"^constexpr int (panels_of|tile_bytes)\((.*?)\) \{ return (.*); \}"
-    functions = re.findall(function, read("hopper.cuh"), re.M)
-    [panel] = map(int, re.findall(r"kPanel = (\d+);", read("hopper.cuh")))
-    declarations = read("hopper_forward.cu").split('extern "C"')[0]
-    constants = re.findall(
-        r"^constexpr int (k(?:Stages|Bytes\w|Buffers|Most)) = (.*);", declarations, re.M
+def hopper_layout(c):
+    """The sizes of a kernel's buffers, as its texts have them."""
+    functions = re.findall(
+        r"^constexpr int (panels_of|tile_bytes)\((.*?)\) \{ return (.*); \}",
+        read("hopper.cuh"),
+        re.M,
     )
-    assert len(functions) == 2 and len(constants) == 7
-
-    def defined(names, parameters, expression):
+    [panel] = re.findall(r"kPanel = (\d+);", read("hopper.cuh"))
+    assert len(functions) == 2
+    names = {
+        "kPanel": int(panel), "kBr": c.Br, "kBc": c.Bc, "kD": c.D, "kDv": c.Dv,
+        "kShare": c.kernel.endswith("_kv") and c.D > 128,
+    }  # fmt: skip
+    for name, parameters, expression in functions:
         words = [parameter.split()[1] for parameter in parameters.split(", ")]
-        return lambda *given: evaluate(expression, names | dict(zip(words, given)))
+        names[name] = lambda *given, e=expression, w=words: evaluate(e, names | dict(zip(w, given)))
+    for name in (*source._OF_KERNEL[c.kernel], f"{c.kernel}.cu"):
+        declarations = "" if name == "WGMMA" else read(name).split('extern "C"')[0]
+        pattern = r"^constexpr int (k(?:Stages|Bytes|Buffers|Most).*);"
+        for line in re.findall(pattern, declarations, re.M):
+            for each in re.split(r", (?=k\w+ =)", line):
+                name, expression = each.split(" = ")
+                names[name] = evaluate(f"({expression})", names)
+    return names
 
+
+def test_hopper_shared_memory_holds_what_kernels_lay_out():
     for c in HOPPER:
-        names = {"kPanel": panel, "kBr": c.Br, "kBc": c.Bc, "kD": c.D, "kDv": c.Dv}
-        for name, parameters, expression in functions:
-            names[name] = defined(names, parameters, expression)
-        for name, expression in constants:
-            names[name] = evaluate(expression, names)
+        names = hopper_layout(c)
+        tile = names["tile_bytes"]
+        inputs = tile(c.Br, c.D) + tile(c.Bc, c.D) + tile(c.Bc, c.Dv)
         if c.kernel == "hopper_careful":
-            one = names["kBytesQ"] + names["kBytesK"] + names["kBytesV"]
-            assert c.shared_bytes == one
-            continue
-        apart = names["kBuffers"] + names["kBytesO"] <= names["kMost"]
-        used = names["kBuffers"] + apart * names["kBytesO"]
-        orders_and_barriers = 2 * 16 + 8 * (2 + 2 * 2 + 4 * names["kStages"])
-        assert used + orders_and_barriers <= c.shared_bytes == used + 256
-        assert names["kMost"] + 256 == config.shared_limit(90)
+            assert c.shared_bytes == inputs
+        elif c.kernel == "hopper_forward":
+            apart = names["kBuffers"] + names["kBytesO"] <= names["kMost"]
+            used = names["kBuffers"] + apart * names["kBytesO"]
+            orders_and_barriers = 2 * 16 + 8 * (2 + 2 * 2 + 4 * names["kStages"])
+            assert used + orders_and_barriers <= c.shared_bytes == used + 256
+            assert names["kMost"] + 256 == config.shared_limit(90)
+        elif c.kernel == "hopper_backward_q":
+            barriers = 8 * (2 + 2 * names["kStagesK"] + 2 * names["kStagesV"])
+            assert names["kBuffers"] + barriers <= c.shared_bytes == names["kBuffers"] + 256
+        elif c.kernel == "hopper_backward_kv":
+            barriers = 8 * (2 + 4 * names["kStages"])
+            assert names["kBuffers"] + barriers <= c.shared_bytes == names["kBuffers"] + 256
+        else:
+            used = inputs + names["kBytesO"]
+            if c.kernel == "hopper_careful_kv":
+                used += 2 * (names["kBytesP"] + names["kBytesRows"])
+            assert c.shared_bytes == used
 
 
 @pytest.mark.parametrize("arch", config.ARCHS)

@@ -51,7 +51,7 @@ class Config(NamedTuple):
     def fast(self) -> bool:
         """Whether benchmarks run it, so that its numbers have to stay in registers."""
         if self.kernel in HOPPER_KERNELS:
-            return True
+            return self.kernel in _CAREFUL
         sizes = (64, 128, 256) if DTYPES[self.tile_dtype] == 2 else (64, 128)
         return (
             self.kernel in ("forward", "backward_q", "backward_kv")
@@ -107,6 +107,17 @@ class Config(NamedTuple):
     def _hopper_bytes(self) -> int:
         """Tiles in panels of 64 columns, as kernels/hopper.cuh has them."""
         row, row_v = (128 * -(-columns // 64) for columns in (self.D, self.Dv))
+        barriers = 256
+        if self.kernel == "hopper_backward_q":
+            stages_v = 1 if self.D > 128 else 2
+            return self.Br * (row + row_v) + self.Bc * (2 * row + stages_v * row_v) + barriers
+        if self.kernel == "hopper_careful_q":
+            return (self.Br + self.Bc) * (row + row_v)
+        if self.kernel in ("hopper_backward_kv", "hopper_careful_kv"):
+            shared = 2 * self.Bc * 128 * -(-self.Br // 64) if self.D > 128 else 0  # P and dS
+            stage = self.Br * (row + row_v + 2 * 4)  # with lse and delta
+            fast = self.kernel == "hopper_backward_kv"
+            return self.Bc * (row + row_v) + shared + (2 * stage + barriers if fast else stage)
         stages = 2 if self.kernel == "hopper_forward" else 1
         buffers = self.Br * row + stages * self.Bc * (row + row_v)
         if self.kernel == "hopper_careful":
@@ -128,8 +139,13 @@ def head_tile(size: int) -> int:
 # Kernels of rows and numbers, which have no tiles.
 SMALL_KERNELS = ("backward_rows", "combine", "reduce")
 KERNELS = ("forward", "backward_q", "backward_kv", "backward_bias", *SMALL_KERNELS)
-# What sm_90a has in place of "forward": the fast kernel, and the one that takes what it cannot.
-HOPPER_KERNELS = ("hopper_forward", "hopper_careful")
+# What sm_90a has in place of others: the fast kernel, and the one that takes what it cannot.
+_CAREFUL = {
+    "hopper_forward": "hopper_careful",
+    "hopper_backward_q": "hopper_careful_q",
+    "hopper_backward_kv": "hopper_careful_kv",
+}
+HOPPER_KERNELS = (*_CAREFUL, *_CAREFUL.values())
 
 # Rows that a forward tile may have; a problem with few rows takes the smallest that holds them.
 ROW_CLASSES = (16, 64, 128)
@@ -204,9 +220,28 @@ def _hopper_forward(dtype: str, general: bool, D: int, Dv: int, rows: int) -> Co
     return None
 
 
+# Likewise of a backward: the widest head tile -> (Br, Bc).
+_HOPPER_BACKWARD_TILES = {
+    "backward_q": {64: (128, 128), 96: (128, 128), 128: (128, 128), 256: (128, 64)},
+    "backward_kv": {64: (128, 128), 96: (64, 128), 128: (64, 128), 256: (64, 64)},
+}
+
+
+def _hopper_backward(kernel: str, dtype: str, general: bool, D: int, Dv: int) -> Config | None:
+    """The configuration of sm_90a that serves a backward, if one does."""
+    if DTYPES[dtype] != 2 or general or 0 in (D, Dv) or D % 8 or Dv % 8:
+        return None
+    for tile, (Br, Bc) in _HOPPER_BACKWARD_TILES[kernel].items():
+        if max(D, Dv) <= tile:
+            name = f"hopper_{kernel}"
+            return Config(name, "sm_90a", dtype, False, tile, tile, False, Br, Bc, 12, 1)
+    return None
+
+
 def careful(config: Config) -> Config:
-    """The kernel that computes again what a `hopper_forward` left."""
-    return config._replace(kernel="hopper_careful", warps=config.Br // 16)
+    """The kernel that computes again what a fast one of sm_90a left: without a warpgroup that
+    loads."""
+    return config._replace(kernel=_CAREFUL[config.kernel], warps=config.warps - 4)
 
 
 @functools.lru_cache(1024)
@@ -218,7 +253,11 @@ def choose(
     `rows` is how many query rows share the loads of a forward's keys.
     """
     if family == "sm_90a":
-        found = _hopper_forward(dtype, general, D, Dv, rows) if kernel == "forward" else None
+        found = None
+        if kernel == "forward":
+            found = _hopper_forward(dtype, general, D, Dv, rows)
+        elif kernel in _HOPPER_BACKWARD_TILES:
+            found = _hopper_backward(kernel, dtype, general, D, Dv)
         return found or choose(kernel, arch, _GENERIC, dtype, general, D, Dv, rows)
     if kernel in SMALL_KERNELS:
         return Config(kernel, family, dtype, False, 32, 32, False, 64, 64, 4, 1)
@@ -259,7 +298,7 @@ def configs(arch: int, family: str) -> list[Config]:
         for odd in (0, 1)  # sizes that no copy engine takes
         for rows in ROW_CLASSES
     }
-    return [*found, *(careful(c) for c in found if c.kernel == "hopper_forward")]
+    return [*found, *(careful(c) for c in found if c.kernel in _CAREFUL)]
 
 
 def _specific(family: str) -> bool:

@@ -117,7 +117,7 @@ class _Arguments(threading.local):
         self.bound = False  # whether the driver has a context in this thread
         self.block = np.zeros(SIZE // 8, np.int64)
         # of the block, and of the tensor maps that follow it in some kernels
-        self.pointers = np.array([self.block.ctypes.data, 0, 0, 0], np.uint64)
+        self.pointers = np.array([self.block.ctypes.data, 0, 0, 0, 0], np.uint64)
         self.address = self.pointers.ctypes.data
 
 

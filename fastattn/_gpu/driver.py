@@ -17,7 +17,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from fastattn._gpu.config import Config, careful, choose
+from fastattn._gpu.config import HOPPER_KERNELS, Config, careful, choose
 from fastattn._gpu.device import Device, arguments, device_of, launch, load
 from fastattn._gpu.params import NO_ARRAY, pack
 from fastattn._gpu.tensor_maps import TensorMap, tensor_map
@@ -72,7 +72,7 @@ def _hopper_forward(
     p = call.problem
     scalars: dict[str, Any] = {"out_kind": out_kind, "tiles": tiles, "splits": 1}
     total = tiles * p.batch * p.Hq
-    maps = call.maps(config, arrays)
+    maps = call.maps(config, arrays, ("q", "k", "v"))
     if maps is None:
         call.launch(careful(config), total, arrays, scalars)
         return
@@ -123,21 +123,22 @@ def backward(
         row_sum = cupy.empty(rows, p.acc)
     if dq is not None or dalibi_slopes is not None:
         config = call.config("backward_q")
-        more = {"tiles": -(-p.Lq // config.Br)}
+        more: dict[str, Any] = {"tiles": -(-p.Lq // config.Br)}
         more["pieces"] = max(1, -(-p.D // config.D)) if config.walk else 1
         if dalibi_slopes is not None:
             more["row_sum"] = row_sum.data.ptr
         blocks = p.batch * p.Hq * more["tiles"] * more["pieces"]
         given = {} if dq is None else {"dq": call.array(dq)}
-        call.launch(config, blocks, arrays | given, scalars | more)
+        _launch_backward(call, config, blocks, arrays | given, scalars | more)
     if (dk is not None or dv is not None) and p.Lk:
         config = call.config("backward_kv")
         more = {"tiles": -(-p.Lk // config.Bc)}
-        widest = max(p.D, p.Dv) if config.walk else config.D
-        more["pieces"] = max(1, -(-widest // config.out_columns))
+        if config.kernel == "backward_kv":
+            widest = max(p.D, p.Dv) if config.walk else config.D
+            more["pieces"] = max(1, -(-widest // config.out_columns))
         given = {n: call.array(x) for n, x in (("dk", dk), ("dv", dv)) if x is not None}
-        blocks = p.batch * p.Hkv * more["tiles"] * more["pieces"]
-        call.launch(config, blocks, arrays | given, scalars | more)
+        blocks = p.batch * p.Hkv * more["tiles"] * more.get("pieces", 1)
+        _launch_backward(call, config, blocks, arrays | given, scalars | more)
     if dbias is not None and dbias.size:
         _bias(call, dbias, arrays, scalars)
     if dsinks is not None:
@@ -146,6 +147,22 @@ def backward(
     if dalibi_slopes is not None:
         more = {"sums": dalibi_slopes.data.ptr, "slices": 0, "row_sum": row_sum.data.ptr}
         call.launch(call.config("reduce"), p.Hq, arrays, scalars | more)
+
+
+def _launch_backward(
+    call: _Call, config: Config, blocks: int, arrays: dict[str, Any], scalars: dict[str, Any]
+) -> None:
+    """A kernel of tiles; on Hopper as `_hopper_forward` has it."""
+    if config.kernel not in HOPPER_KERNELS:
+        call.launch(config, blocks, arrays, scalars)
+        return
+    maps = call.maps(config, arrays, ("q", "dout", "k", "v"))
+    if maps is None:
+        call.launch(careful(config), blocks, arrays, scalars)
+        return
+    flags = cupy.empty(blocks * careful(config).warps, np.uint8)
+    call.launch(config, blocks, arrays, scalars | {"flags": flags.data.ptr}, maps)
+    call.launch_again(careful(config), min(blocks, call.device.multiprocessors))
 
 
 def _bias(call: _Call, dbias: Any, arrays: dict[str, Any], scalars: dict[str, Any]) -> None:
@@ -267,14 +284,16 @@ class _Call:
         """Another kernel with the arguments of the launch before."""
         launch(load(self.device, config), blocks, self.stream)
 
-    def maps(self, config: Config, arrays: dict[str, Any]) -> tuple[TensorMap, ...] | None:
-        """The tensor maps of q, k and v for a configuration's tiles; None where one has none."""
+    def maps(
+        self, config: Config, arrays: dict[str, Any], names: tuple[str, ...]
+    ) -> tuple[TensorMap, ...] | None:
+        """The tensor maps of some inputs for a configuration's tiles; None where one has none."""
         p, found = self.problem, []
-        for name, rows, heads, columns, box in (
-            ("q", p.Lq, p.Hq, p.D, config.Br),
-            ("k", p.Lk, p.Hkv, p.D, config.Bc),
-            ("v", p.Lk, p.Hkv, p.Dv, config.Bc),
-        ):
+        for name in names:
+            rows, heads, box = (
+                (p.Lq, p.Hq, config.Br) if name in ("q", "dout") else (p.Lk, p.Hkv, config.Bc)
+            )
+            columns = p.D if name in ("q", "k") else p.Dv
             pointer, batches, batch, head, row, _, access = arrays[name]
             if batches or access != _VECTORS:
                 return None

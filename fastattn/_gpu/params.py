@@ -41,7 +41,7 @@ LAUNCH = {
     "own_batches": "const i64*", "sum_batches": "const i64*",
     "head_sums": "i64", "row_sums": "i64", "column_sums": "i64", "row_tiles": "i64",
     "column_tiles": "i64",
-    # Hopper's forward: tiles that are not finite, and the next tile to take
+    # Hopper: warps whose results are not all finite, and the forward's next tile to take
     "flags": "void*", "next": "void*",
 }  # fmt: skip
 

@@ -17,8 +17,18 @@ from fastattn._gpu.params import DECLARATION
 _SHARED = (
     "types.cuh", "mma.cuh", "arrays.cuh", "PARAMS", "pairs.cuh", "blocks.cuh", "gradient.cuh",
 )  # fmt: skip
-# What a family has besides.
-_OF_FAMILY: dict[str, tuple[str, ...]] = {"sm_90a": ("WGMMA", "hopper.cuh", "hopper_forward.cuh")}
+# What kernels of one family alone have besides.
+_HOPPER = ("WGMMA", "hopper.cuh")
+_BACKWARD_Q = (*_HOPPER, "hopper_backward.cuh", "hopper_backward_q.cuh")
+_BACKWARD_KV = (*_HOPPER, "hopper_backward.cuh", "hopper_backward_kv.cuh")
+_OF_KERNEL: dict[str, tuple[str, ...]] = {
+    "hopper_forward": (*_HOPPER, "hopper_forward.cuh"),
+    "hopper_careful": (*_HOPPER, "hopper_forward.cuh"),
+    "hopper_backward_q": _BACKWARD_Q,
+    "hopper_careful_q": _BACKWARD_Q,
+    "hopper_backward_kv": _BACKWARD_KV,
+    "hopper_careful_kv": _BACKWARD_KV,
+}
 _C_TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "float", "float64": "double"}
 
 
@@ -48,6 +58,6 @@ def assemble(config: Config) -> str:
     choice = [f"constexpr int {name} = {value};" for name, value in constants.items()]
     choice += [f"using {name} = {_C_TYPES[dtype]};" for name, dtype in types.items()]
     choice += [f"using Acc = {acc};"]
-    names = (*_SHARED, *_OF_FAMILY.get(config.family, ()), f"{config.kernel}.cu")
+    names = (*_SHARED, *_OF_KERNEL.get(config.kernel, ()), f"{config.kernel}.cu")
     files = [_text(name, config.tile_dtype) for name in names]
     return "\n".join([*head, files[0], *choice, *files[1:]])

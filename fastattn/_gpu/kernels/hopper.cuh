@@ -86,6 +86,42 @@ DEVICE void load_map(u32 tile, const TensorMap& map, u32 barrier, int row, int h
     load_panel(tile + n * kRows * 128, map, barrier, n * kPanel, row, head, batch);
 }
 
+// Bytes that lie side by side in memory and in shared memory, a multiple of 16.
+DEVICE void load_bytes(u32 to, const void* from, int bytes, u32 barrier) {
+  barrier_expect(barrier, bytes);
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// Without a map, by all threads: kRows rows of an array into a tile, `row` being the first; zeros
+// beyond `rows` and `width`, and what is not finite as `mode` has it. A chunk is in the array or beyond
+// it: D and Dv are multiples of 8.
+template <int kRows, int kColumns>
+DEVICE void load_tile_carefully(char* tile, const Array& array, const char* row, int rows, int width, int mode) {
+  constexpr int kChunks = 8 * panels_of(kColumns);
+#pragma unroll 1
+  for (int x = threadIdx.x; x < kRows * kChunks; x += kThreads) {
+    const int r = x / kChunks, c = x % kChunks;
+    union { uint4 all; Elem each[8]; } chunk;
+    chunk.all = make_uint4(0, 0, 0, 0);
+    if (r < rows && c * 8 < width) {
+      const char* const from = row + r * array.row + c * 8 * array.column;
+      if (array.access == kVectors) {
+        chunk.all = *(const uint4*)from;
+      } else {
+#pragma unroll
+        for (int e = 0; e < 8; e++) chunk.each[e] = load<Elem>(from + e * array.column, array.access);
+      }
+      if (mode != kUsual) {
+#pragma unroll
+        for (int e = 0; e < 8; e++) sanitize(chunk.each[e], mode);
+      }
+    }
+    *(uint4*)(tile + chunk_at<kRows>(0, r, c)) = chunk.all;
+  }
+}
+
 // Four 8 x 8 blocks of 16-bit numbers, as a factor's registers have them, to shared memory: lane l
 // gives the address of row l % 8 of block l / 8.
 DEVICE void store_blocks(u32 row, u32 a, u32 b, u32 c, u32 d) {
@@ -124,10 +160,10 @@ template <int kRows>
 constexpr int row_step(int k) { return ((k >> 2) * kRows * 128 + (k & 3) * 32) >> 4; }
 constexpr int column_step(int k) { return k * 16 * 128 >> 4; }
 
-// c (+)= A B^T over steps [kFrom, kTo): 64 rows of a tile of kRowsA by all of a tile of kRowsB rows.
+// c (+)= A B^T over steps [kFrom, kTo): 64 rows of a tile of kRowsA by N * 8 of a tile of kRowsB rows.
 template <int kFrom, int kTo, int kRowsA, int kRowsB, int N>
 DEVICE void multiply_along_rows(float (&c)[N][4], u64 a, u64 b, int more) {
-  static_assert(N * 8 == kRowsB, "");
+  static_assert(N * 8 <= kRowsB, "");
 #pragma unroll
   for (int k = kFrom; k < kTo; k++)
     wgmma<false, false>(c, a + row_step<kRowsA>(k), b + row_step<kRowsB>(k), k == kFrom ? more : 1);

@@ -8,33 +8,6 @@
 static_assert(kThreads == 128 * kGroups, "");
 static_assert(kThreads / 32 * kStage <= tile_bytes(kBc, kD) + tile_bytes(kBc, kDv), "");
 
-// kRows rows of an array into a tile, `row` being the first; zeros beyond `rows` and `width`, and what
-// is not finite as `mode` has it. A chunk is in the array or beyond it: D and Dv are multiples of 8.
-template <int kRows, int kColumns>
-DEVICE void load_tile_carefully(char* tile, const Array& array, const char* row, int rows, int width, int mode) {
-  constexpr int kChunks = 8 * panels_of(kColumns);
-#pragma unroll 1
-  for (int x = threadIdx.x; x < kRows * kChunks; x += kThreads) {
-    const int r = x / kChunks, c = x % kChunks;
-    union { uint4 all; Elem each[8]; } chunk;
-    chunk.all = make_uint4(0, 0, 0, 0);
-    if (r < rows && c * 8 < width) {
-      const char* const from = row + r * array.row + c * 8 * array.column;
-      if (array.access == kVectors) {
-        chunk.all = *(const uint4*)from;
-      } else {
-#pragma unroll
-        for (int e = 0; e < 8; e++) chunk.each[e] = load<Elem>(from + e * array.column, array.access);
-      }
-      if (mode != kUsual) {
-#pragma unroll
-        for (int e = 0; e < 8; e++) sanitize(chunk.each[e], mode);
-      }
-    }
-    *(uint4*)(tile + chunk_at<kRows>(0, r, c)) = chunk.all;
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 hopper_careful(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) char shared[];

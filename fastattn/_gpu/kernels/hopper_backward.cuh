@@ -1,0 +1,89 @@
+// What Hopper's four backward kernels share: hopper_backward_q.cu and hopper_backward_kv.cu, which are
+// fast, and hopper_careful_q.cu and hopper_careful_kv.cu, which follow them as hopper_careful.cu does
+// the forward.
+
+// c = A B^T over all columns of two tiles, a batch of products.
+template <int kColumns, int kRowsA, int kRowsB, int N>
+DEVICE void start_product(float (&c)[N][4], u64 a, u64 b) {
+  products_fence();
+  multiply_along_rows<0, kColumns / 16, kRowsA, kRowsB>(c, a, b, 0);
+  products_commit();
+}
+
+// Take what is not finite out of a tile, or (kTaint) leave 1 where it was and 0 elsewhere.
+template <int kBytes>
+DEVICE void sanitize_tile(char* tile, int mode) {
+#pragma unroll 1
+  for (int x = threadIdx.x; x < kBytes / 2; x += kThreads) sanitize(((Elem*)tile)[x], mode);
+}
+
+// Results of a warp, 16 rows from r0 on and N * 8 columns from chunk0 on, rounded into a tile.
+template <int kRows, int N>
+DEVICE void round_to_tile(u32 tile, const float (&c)[N][4], float factor, int r0, int chunk0) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int n = 0; n < N; n += 2)
+    store_blocks(chunk_at<kRows>(tile, r0 + (lane & 15), chunk0 + n + (lane >> 4)),
+                 pack(Elem(), c[n][0] * factor, c[n][1] * factor), pack(Elem(), c[n][2] * factor, c[n][3] * factor),
+                 pack(Elem(), c[n + 1][0] * factor, c[n + 1][1] * factor),
+                 pack(Elem(), c[n + 1][2] * factor, c[n + 1][3] * factor));
+}
+
+// From there to an array, whose row r0 is `to`: `rows` rows, and the columns below `width`.
+template <int kRows, int N>
+DEVICE void write_tile(const char* tile, const Array& array, char* to, int rows, int width, int r0, int chunk0,
+                       int mode) {
+  const int lane = threadIdx.x & 31;
+  if (array.access == kVectors && mode != kTaint) {
+#pragma unroll 4
+    for (int x = lane; x < 16 * N; x += 32) {
+      const int r = x / N, c = chunk0 + x % N;
+      if (r < rows && c * 8 < width)
+        *(uint4*)(to + r * array.row + c * 16) = *(const uint4*)(tile + chunk_at<kRows>(0, r0 + r, c));
+    }
+  } else {
+#pragma unroll 1
+    for (int x = lane; x < 16 * N * 8; x += 32) {
+      const int r = x / (N * 8), c = chunk0 * 8 + x % (N * 8);
+      if (r < rows && c < width) {
+        const Elem y = *(const Elem*)(tile + chunk_at<kRows>(0, r0 + r, c >> 3) + (c & 7) * 2);
+        write<Elem>(to + r * array.row + c * array.column, widen(y), array.access, mode);
+      }
+    }
+  }
+}
+
+template <int N>
+DEVICE bool any_odd(const float (&c)[N][4]) {
+  bool odd = false;
+#pragma unroll
+  for (int n = 0; n < N; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) odd = odd || !finite(c[n][e]);
+  return odd;
+}
+template <int N>
+DEVICE void clear(float (&c)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
+}
+
+// P of a pair: in gradient.cuh's usual arithmetic, for the fast kernels.
+DEVICE float probable(float s, float log2_unit, float lse) {
+  return exp2_of(fma_of(s, log2_unit, -lse * (float)kLog2e));
+}
+
+// Whether a block that careful kernels know by `index` is to be computed again: kEach flags of warps.
+template <int kEach>
+DEVICE bool flagged(const Params& p, i64 index) {
+  bool any = false;
+  for (int x = 0; x < kEach; x++) any = any || ((const u8*)p.flags)[index * kEach + x];
+  return any;
+}
+template <int kEach>
+DEVICE bool any_flagged(const Params& p, i64 total) {
+  bool any = false;
+  for (i64 index = blockIdx.x + (i64)threadIdx.x * gridDim.x; index < total; index += (i64)gridDim.x * kThreads)
+    any = any || flagged<kEach>(p, index);
+  return __syncthreads_or(any);
+}

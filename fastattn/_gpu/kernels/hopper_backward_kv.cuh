@@ -1,0 +1,122 @@
+// What the two kernels of dK = scale dS^T Q and dV = P^T dO share. A block owns kBc keys of a key head
+// and walks over blocks of kBr rows that see them, of each query head in turn. Keys are the rows of
+// the products.
+//
+// Up to 128 columns a warpgroup owns 64 keys, and P^T and dS^T are factors as they lie in registers.
+// Sums of wider heads do not fit there: the warpgroups share 64 keys, of S^T and dP^T each makes the
+// columns of its share of the rows, of dK and dV its share of the columns, and P^T and dS^T go through
+// shared memory.
+
+constexpr int kGroups = 2;  // warpgroups that compute
+constexpr bool kShare = kD > 128;
+static_assert(kD == kDv && kBc == (kShare ? 64 : 128), "");
+constexpr int kRowsOf = kShare ? kBr / kGroups : kBr, kOut = kShare ? kD / kGroups : kD;
+constexpr int kN = kRowsOf / 8, kO = kOut / 8;
+constexpr int kBytesK = tile_bytes(kBc, kD), kBytesV = tile_bytes(kBc, kDv);
+constexpr int kBytesQ = tile_bytes(kBr, kD), kBytesO = tile_bytes(kBr, kDv), kBytesRows = kBr * 4;
+constexpr int kBytesP = kShare * tile_bytes(kBc, kBr);  // that of P^T, and of dS^T
+
+// kBc keys of a key head, and the blocks of rows that see them.
+struct Work {
+  int b, kv_head, key0;
+  int from, to;              // blocks
+  int whole_from, whole_to;  // blocks that no bound cuts
+
+  DEVICE bool cut(int n) const { return n < whole_from || n >= whole_to; }
+};
+
+DEVICE Work work_of(const Params& p, i64 index) {
+  const Turn turn = turn_of(index, p.tiles, p.batch * p.Hkv);
+  Work w;
+  w.b = (int)turn.head / (int)p.Hkv;
+  w.kv_head = (int)turn.head % (int)p.Hkv;
+  w.key0 = turn.tile * kBc;
+  const Entry entry = entry_of(p, w.b);
+  const int last = min_of(w.key0 + kBc, entry.kv_len) - 1;
+  const int begin = first_row(entry, w.key0);
+  const int end = w.key0 < entry.kv_len ? end_of_rows(entry, last) : 0;
+  w.from = begin / kBr;
+  w.to = end > begin ? (end + kBr - 1) / kBr : w.from;
+  w.whole_from = (max_of(w.key0 + kBc - 1 - entry.above, 0) + kBr - 1) / kBr;
+  w.whole_to = w.key0 + kBc <= entry.kv_len ? max_of(w.key0 - entry.below + 1, 0) / kBr : 0;
+  return w;
+}
+
+// Steps of the walk: a block of rows of one query head; heads come one after the other.
+struct Step {
+  int h, n;
+
+  DEVICE void next(const Work& work) {
+    if (++n < work.to) return;
+    n = work.from;
+    h++;
+  }
+};
+DEVICE Step first_step(const Params& p, const Work& work) { return {work.kv_head * (int)p.group, work.from}; }
+DEVICE int steps_of(const Params& p, const Work& work) { return (work.to - work.from) * (int)p.group; }
+
+// Where a warpgroup's part is: of the keys, of a step's rows, of the panels of results.
+struct Part {
+  int key, row, panel;
+
+  DEVICE explicit Part(int group)
+      : key(kShare ? 0 : group * 64), row(kShare ? group * kRowsOf : 0), panel(kShare ? group * kOut / kPanel : 0) {}
+};
+
+// -inf where a bound excludes a pair: thread key j and the rows from i on.
+DEVICE void exclude(const Params& p, int b, float (&s)[1][kN][4], int j, int i) {
+  const Entry entry = entry_of(p, hidden(b));
+  score(p, s, nullptr, false, 0, [&](int, int half) { return rows_of_key(entry, hidden(j) + 8 * half, i); });
+}
+
+// Numbers of the two rows that a thread's columns 2 n and 2 n + 1 stand for; `rows` are its part's.
+struct alignas(8) Pair { float x[2]; };
+DEVICE Pair pair_of(const float* rows, int n) { return *(const Pair*)(rows + n * 8 + 2 * (threadIdx.x & 3)); }
+
+// A thread's results in the making.
+struct Results {
+  float dk[kO][4], dv[kO][4];
+
+  DEVICE void clear() {
+    ::clear(dk);
+    ::clear(dv);
+  }
+  // dv += P^T dO, dk += dS^T Q, a batch each.
+  DEVICE static void add(float (&sum)[kO][4], const u32 (&factor)[kN / 2][4], u64 rows) {
+    products_fence();
+    multiply_registers(sum, factor, rows, 1);
+    products_commit();
+  }
+  DEVICE static void add(float (&sum)[kO][4], u64 factor, u64 rows) {
+    products_fence();
+#pragma unroll
+    for (int k = 0; k < kBr / 16; k++) wgmma<false, true>(sum, factor + row_step<kBc>(k), rows + column_step(k), 1);
+    products_commit();
+  }
+  DEVICE bool odd() const { return any_odd(dk) || any_odd(dv); }
+
+  // A warp's part to memory, through that of the tiles of K and V.
+  DEVICE void write(const Params& p, const Work& work, const Part& part, char* tile_k, char* tile_v, int mode) const {
+    const int r0 = part.key + (threadIdx.x >> 5) % 4 * 16, key = work.key0 + r0, rows = (int)p.Lk - key;
+    const int chunk0 = part.panel * 8;
+    if (p.dk.data) {
+      round_to_tile<kBc>(shared_address(tile_k), dk, mode == kTaint ? 1 : (float)p.scale, r0, chunk0);
+      __syncwarp();
+      write_tile<kBc, kO>(tile_k, p.dk, p.dk.at(work.b, work.kv_head) + key * p.dk.row, rows, (int)p.D, r0, chunk0, mode);
+    }
+    if (p.dv.data) {
+      round_to_tile<kBc>(shared_address(tile_v), dv, 1, r0, chunk0);
+      __syncwarp();
+      write_tile<kBc, kO>(tile_v, p.dv, p.dv.at(work.b, work.kv_head) + key * p.dv.row, rows, (int)p.Dv, r0, chunk0, mode);
+    }
+  }
+};
+
+// P^T or dS^T of a warp's 16 keys to the tile that the warpgroups share.
+DEVICE void store_shared(u32 tile, const u32 (&factor)[kN / 2][4], const Part& part) {
+  const int lane = threadIdx.x & 31, r = (threadIdx.x >> 5) % 4 * 16 + (lane & 15);
+#pragma unroll
+  for (int k = 0; k < kN / 2; k++)
+    store_blocks(chunk_at<kBc>(tile, r, part.row / 8 + 2 * k + (lane >> 4)), factor[k][0], factor[k][1],
+                 factor[k][2], factor[k][3]);
+}

@@ -1,0 +1,81 @@
+// What the two kernels of dQ = scale dS K share: a warpgroup owns 64 query rows, a thread g and g + 8
+// of its warp's 16, and walks over blocks of kBc keys from the first to the last.
+
+constexpr int kGroups = kBr / 64;  // warpgroups that compute
+constexpr int kN = kBc / 8, kO = kD / 8;
+constexpr int kBytesQ = tile_bytes(kBr, kD), kBytesO = tile_bytes(kBr, kDv);
+constexpr int kBytesK = tile_bytes(kBc, kD), kBytesV = tile_bytes(kBc, kDv);
+
+// kBr rows of a query head, and the blocks of keys that they see.
+struct Work {
+  int b, h, row0;
+  int from, to;              // blocks
+  int whole_from, whole_to;  // blocks that no bound cuts
+
+  DEVICE bool cut(int n) const { return n < whole_from || n >= whole_to; }
+};
+
+DEVICE Work work_of(const Params& p, i64 index) {
+  const Turn turn = turn_of(index, p.tiles, p.batch * p.Hq);
+  Work w;
+  w.b = (int)turn.head / (int)p.Hq;
+  w.h = (int)turn.head % (int)p.Hq;
+  w.row0 = ((int)p.tiles - 1 - turn.tile) * kBr;
+  const Entry entry = entry_of(p, w.b);
+  const int last = min_of(w.row0 + kBr, entry.q_len) - 1;
+  const int begin = first_key(entry, w.row0);
+  const int end = w.row0 < entry.q_len ? end_of_keys(entry, last) : 0;
+  w.from = begin / kBc;
+  w.to = end > begin ? (end + kBc - 1) / kBc : w.from;
+  w.whole_from = (max_of(last + entry.below, 0) + kBc - 1) / kBc;
+  w.whole_to = max_of(min_of(w.row0 + entry.above + 1, entry.kv_len), 0) / kBc;
+  return w;
+}
+
+// -inf where a bound excludes a pair: thread row i and the keys from j on.
+DEVICE void exclude(const Params& p, int b, float (&s)[1][kN][4], int i, int j) {
+  const Entry entry = entry_of(p, hidden(b));
+  score(p, s, nullptr, false, 0, [&](int, int half) { return keys_of_row(entry, hidden(i) + 8 * half, j); });
+}
+
+// A thread's two rows.
+struct Rows {
+  float lse[2], delta[2];
+
+  DEVICE void load(const Params& p, const Work& work, int i) {
+    const i64 row = row_start(p, work.b, work.h) + i;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      lse[half] = ((const float*)p.row_lse)[row + 8 * half];
+      delta[half] = ((const float*)p.row_delta)[row + 8 * half];
+    }
+  }
+};
+
+// dq += dS K, a batch of products.
+DEVICE void add_product(float (&dq)[kO][4], const u32 (&factor)[kN / 2][4], u64 k) {
+  products_fence();
+  multiply_registers(dq, factor, k, 1);
+  products_commit();
+}
+
+// Once all is added up; returns whether something is not finite.
+DEVICE bool finish(float (&dq)[kO][4], const Rows& rows) {
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+    if (rows.lse[half] == infinity(float())) {  // no pair takes part, whatever the sums say
+#pragma unroll
+      for (int n = 0; n < kO; n++) dq[n][2 * half] = dq[n][2 * half + 1] = 0;
+    }
+  return any_odd(dq);
+}
+
+// A warp's rows to memory, through its own rows of Q's tile.
+DEVICE void write_rows(const Params& p, const Work& work, const float (&dq)[kO][4], char* tile, int mode) {
+  const int r0 = (threadIdx.x >> 5) % (4 * kGroups) * 16;
+  if (!p.dq.data) return;
+  round_to_tile<kBr>(shared_address(tile), dq, mode == kTaint ? 1 : (float)p.scale, r0, 0);
+  __syncwarp();
+  write_tile<kBr, kO>(tile, p.dq, p.dq.at(work.b, work.h) + (work.row0 + r0) * p.dq.row,
+                      (int)p.Lq - work.row0 - r0, (int)p.D, r0, 0, mode);
+}
