@@ -834,8 +834,8 @@ def test_every_family_that_runs_here_keeps_to_the_oracle():
 
 @pytest.fixture
 def ways(gpu, monkeypatch):
-    """How kernels were launched since: "maps", or "loads" where tensor maps could not take an array; with
-    `ways.only_loads = True`, all of them by loads."""
+    """How kernels were launched: "maps", or "loads" where tensor maps could not take an array;
+    with `ways.only_loads = True`, all of them by loads."""
     from fastattn._gpu import device, driver
 
     if device.device_of(cupy.cuda.Device().id).family != "sm_90a":
