@@ -119,9 +119,9 @@ def compile_all(nvrtc, jobs):
         pytest.fail("\n".join(complaints), pytrace=False)
 
 
-def chosen(kernel, arch, dtype, size, general=False, rows=128):
+def chosen(kernel, arch, dtype, size, options="", rows=128):
     family = config.default_family(arch)
-    return config.choose(kernel, arch, family, dtype, general, size, size, rows)
+    return config.choose(kernel, arch, family, dtype, options, size, size, rows)
 
 
 def test_options_are_the_devices():
@@ -149,9 +149,9 @@ def test_errors_and_spills_are_seen(nvrtc):
 @pytest.mark.parametrize("kernel", config.KERNELS)
 def test_kernel_compiles(nvrtc, kernel):
     jobs = {
-        (chosen(kernel, 80, dtype, 64, general), 80): None
+        (chosen(kernel, 80, dtype, 64, options), 80): None
         for dtype in config.DTYPES
-        for general in (False, True)
+        for options in ("", "all")
     }
     compile_all(nvrtc, list(jobs))
 
@@ -171,6 +171,16 @@ def test_serialised_products_are_seen(nvrtc):
     assert hasty != text
     log = nvrtc.compile(hasty, 90, forward.family)
     assert "C75" in Compiled(forward, 90, *log).complaint
+
+
+def test_kernels_of_single_options_compile(nvrtc):
+    jobs = [
+        (chosen(kernel, 80, "bfloat16", 32, options), 80)
+        for kernel in ("forward", "backward_q", "backward_kv")
+        for options in config.OPTIONS
+    ]
+    assert {job[0].options for job in jobs} == set(config.OPTIONS)
+    compile_all(nvrtc, jobs)
 
 
 def test_architectures_compile(nvrtc):
@@ -196,12 +206,22 @@ def test_slow_architectures_choose_all_there_is():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SLOW_ARCHS)
 def test_every_configuration_compiles(nvrtc, arch):
-    """Of a text that an earlier architecture compiles too, only what has to be fast is repeated."""
+    """Of a text that an earlier architecture compiles too, only what has to be fast is repeated; and
+    kernels of single options, which differ in what they leave out, are compiled for two head sizes.
+    """
     earlier = {
         c
         for other in SLOW_ARCHS[: SLOW_ARCHS.index(arch)]
         for c in config.configs(other, config.default_family(other))
     }
     configs = config.configs(arch, config.default_family(arch))
-    jobs = [(c, arch) for c in configs if c.fast or c not in earlier]
+    jobs = [
+        (c, arch)
+        for c in configs
+        if c.fast
+        or (
+            c not in earlier
+            and (c.options not in config.OPTIONS or (c.dtype, c.D) in (("bfloat16", 64), ("float16", 128)))
+        )
+    ]
     compile_all(nvrtc, jobs)

@@ -5,6 +5,7 @@ import functools
 import importlib.resources
 import inspect
 import itertools
+import math
 import re
 import struct
 import types
@@ -49,10 +50,10 @@ def test_sources_include_nothing():
 
 
 def test_source_names_what_the_configuration_says():
-    c = config.choose("forward", 80, "sm_80", "bfloat16", True, 100, 100, 128)
+    c = config.choose("forward", 80, "sm_80", "bfloat16", "all", 100, 100, 128)
     text = source.assemble(c)
     for line in (
-        "#define kArch 80", "#define kGeneral 1", "#define kWalk 0", f"constexpr int kD = {c.D};",
+        "#define kArch 80", "#define kOptions 63", "#define kWalk 0", f"constexpr int kD = {c.D};",
         f"constexpr int kBr = {c.Br};", f"constexpr int kThreads = {32 * c.warps};",
         "using Elem = bf16;", "using Tile = bf16;", "using Acc = float;", params.DECLARATION,
     ):  # fmt: skip
@@ -60,12 +61,19 @@ def test_source_names_what_the_configuration_says():
     assert text.count('extern "C" __global__') == 1
 
 
+def test_options_are_numbered_as_the_kernels_do():
+    enum = re.search(r"enum Option \{ (.*?) \}", read("pairs.cuh"))[1]
+    numbers = {name[1:].lower(): int(n) for name, n in re.findall(r"(\w+) = (\d+)", enum)}
+    assert numbers == {name: n for name, n in source._OPTIONS.items() if name}
+    assert set(source._OPTIONS) == {"", *config.OPTIONS, "all"}
+
+
 # ---- the choice ------------------------------------------------------------------------------
 
 
 def test_choice_sees_neither_batch_nor_heads_nor_strides():
     assert list(inspect.signature(config.choose).parameters) == [
-        "kernel", "arch", "family", "dtype", "general", "D", "Dv", "rows",
+        "kernel", "arch", "family", "dtype", "options", "D", "Dv", "rows",
     ]  # fmt: skip
 
 
@@ -75,10 +83,11 @@ def test_choice_is_listed_and_holds_the_head(arch, family):
     edges = sorted({n + step for n in (*config.HEAD_TILES, 600) for step in (-1, 0, 1)})
     sizes = [0, 1, 8, *edges]
     pairs = [(n, n) for n in sizes] + list(itertools.product(sizes[::3], sizes[1::3]))
-    for kernel, dtype, general in itertools.product(TILED, config.DTYPES, (False, True)):
+    choices = ("", *config.OPTIONS, "all")
+    for kernel, dtype, options in itertools.product(TILED, config.DTYPES, choices):
         for D, Dv in [*pairs, (192, 128), (129, 97), (128, 192)]:
             for rows in config.ROW_CLASSES if kernel == "forward" else (128,):
-                c = config.choose(kernel, arch, family, dtype, general, D, Dv, rows)
+                c = config.choose(kernel, arch, family, dtype, options, D, Dv, rows)
                 assert c in listed and c.dtype == dtype
                 if c.kernel in config.HOPPER_KERNELS:
                     assert c.kernel == f"hopper_{kernel}" and family == c.family == "sm_90a"
@@ -86,7 +95,7 @@ def test_choice_is_listed_and_holds_the_head(arch, family):
                 else:
                     assert c.kernel == kernel
                     assert c.family == ("sm_80" if family == "sm_90a" else family)
-                assert c.general or not general
+                assert c.options in (options, "all") and (c.options or not options)
                 assert c.walk or (c.D >= D and c.Dv >= Dv)
                 assert max(D, Dv) <= max(config.HEAD_TILES) or c.walk
 
@@ -94,12 +103,23 @@ def test_choice_is_listed_and_holds_the_head(arch, family):
 def test_few_rows_have_small_tiles():
     for dtype, D in itertools.product(config.DTYPES, config.HEAD_TILES):
         chosen = [
-            config.choose("forward", 90, "sm_80", dtype, False, D, D, rows)
+            config.choose("forward", 90, "sm_80", dtype, "", D, D, rows)
             for rows in config.ROW_CLASSES
         ]
         heights = [c.Br for c in chosen]
         assert heights == sorted(heights)
         assert all(c.walk or c.Br <= rows for c, rows in zip(chosen, config.ROW_CLASSES))
+
+
+@pytest.mark.parametrize(("arch", "family"), PLACES)
+def test_masks_are_summed_alike_wherever_they_lie(arch, family):
+    """Where a mask lies decides on the kernel (`_added` in the driver), which may change no bit."""
+    for kernel, dtype, D in itertools.product(TILED, config.DTYPES, (*config.HEAD_TILES, 600)):
+        parts = set()
+        for options in ("bools", "numbers", "all"):
+            c = config.choose(kernel, arch, family, dtype, options, D, D)
+            parts.add((c.walk, c.D, c.Br if kernel == "backward_kv" else c.Bc))
+        assert len(parts) == 1
 
 
 def test_families():
@@ -116,8 +136,8 @@ HOPPER = [c for c in config.configs(90, "sm_90a") if c.kernel in config.HOPPER_K
 
 @pytest.mark.parametrize("own", ["forward", "backward_q", "backward_kv"])
 def test_hopper_serves_many_rows_of_16_bits(own):
-    def kernel(dtype="float16", general=False, D=64, Dv=64, rows=128, kernel=own):
-        return config.choose(kernel, 90, "sm_90a", dtype, general, D, Dv, rows).kernel
+    def kernel(dtype="float16", options="", D=64, Dv=64, rows=128, kernel=own):
+        return config.choose(kernel, 90, "sm_90a", dtype, options, D, Dv, rows).kernel
 
     assert {(c.kernel, c.dtype) for c in HOPPER} == set(
         itertools.product(config.HOPPER_KERNELS, ("float16", "bfloat16"))
@@ -125,8 +145,8 @@ def test_hopper_serves_many_rows_of_16_bits(own):
     for D, Dv in itertools.product((8, 64, 72, 128, 136, 192, 256), repeat=2):
         assert kernel(D=D, Dv=Dv) == f"hopper_{own}"
     for other in (
-        dict(dtype="float32"), dict(general=True), dict(D=264), dict(Dv=264), dict(D=0),
-        dict(Dv=0), dict(D=68), dict(Dv=65),
+        dict(dtype="float32"), dict(options="all"), dict(options="alibi"), dict(D=264),
+        dict(Dv=264), dict(D=0), dict(Dv=0), dict(D=68), dict(Dv=65),
     ):  # fmt: skip
         assert kernel(**other) == own
     for rows in (16, 64):
@@ -213,7 +233,7 @@ class Cast(int):
 
 def evaluate(expression, names):
     """The value of a C expression of the few forms that the kernels' layouts have."""
-    expression = re.sub(r"\((Tile|Acc|u8)\*\)", r"\1 @ ", expression)
+    expression = re.sub(r"\((Tile|Acc|char)\*\)", r"\1 @ ", expression)
     expression = expression.replace("sizeof(Tile)", "Tile").replace("(int)", "")
     expression = re.sub(r"\(([^?()]+) \? ([^:()]+) : ([^()]+)\)", r"(\2 if \1 else \3)", expression)
     return eval(expression.replace(" / ", " // "), {}, names)
@@ -223,14 +243,12 @@ def layout(c):
     """The pointers of a kernel's shared memory, as its text has them, and the bytes they take."""
     acc = 8 if c.dtype == "float64" else 4
     [pitch] = re.findall(r"int pitch_of\(int columns\) \{ return (.*); \}", read("arrays.cuh"))
-    [added_pitch] = re.findall(r"int kAddedPitch = (.*);", read("pairs.cuh"))
     names = {
-        "Tile": Cast(config.DTYPES[c.tile_dtype]), "Acc": Cast(acc), "u8": Cast(1),
+        "Tile": Cast(config.DTYPES[c.tile_dtype]), "Acc": Cast(acc), "char": Cast(1),
         "kD": c.D, "kDv": c.Dv, "kBr": c.Br, "kBc": c.Bc, "kWalk": c.walk, "shared": Pointer(0, 1),
         "kWarps": c.warps,
     }  # fmt: skip
     names["pitch_of"] = lambda n: evaluate(pitch, {**names, "columns": n})
-    names["kAddedPitch"] = evaluate(added_pitch, names)
     declarations = read(f"{c.kernel}.cu").split("char shared[];")[1].split("const int warp =")[0]
     pattern = r"^ *(?:constexpr int|\w+\* const) (\w+) = (.*?);"
     pointers = {}
@@ -238,9 +256,8 @@ def layout(c):
         names[name] = value = evaluate(expression, names)
         if isinstance(value, Pointer):
             pointers[name] = value.offset
-    assert {"sQ", "sK", "sV", "added", "kept"} <= set(pointers)
-    used = pointers["kept"] + c.Br * c.Bc // 4 if c.general else pointers["added"]
-    return names, pointers, used
+    assert {"sQ", "sK", "sV", "added"} <= set(pointers)
+    return names, pointers, pointers["added"]
 
 
 @pytest.mark.parametrize(("arch", "family"), PLACES)
@@ -256,6 +273,20 @@ def test_shared_memory_holds_what_kernels_lay_out(arch, family):
             results = c.Br * (c.Bc + 1) * names["Acc"]
         assert max(used, results) <= c.shared_bytes <= config.shared_limit(arch)
         assert used == c.shared_bytes or used < results <= c.shared_bytes  # and no more
+        # Tiles of a mask and bias come behind the buffers, as `load_added` writes them.
+        for bools, size in itertools.product((False, True), (0, 2, 4, 8)):
+            pitches = {"kBr": c.Br, "kBc": c.Bc, "size": size}
+            rows = c.Br * (bools * pitch_of("bools", pitches) + pitch_of("numbers", pitches))
+            bytes_added = c.added_bytes(c.Br * bools, c.Br, size)
+            assert bytes_added == rows and bytes_added % 16 == 0
+            assert c.shared_bytes_with(bytes_added) >= used + rows
+        assert c.shared_bytes <= c.most_shared_bytes <= config.shared_limit(arch)
+
+
+def pitch_of(name, values):
+    """The pitch of a tile of a mask or bias with many rows."""
+    [pitch] = re.findall(rf"int {name}_pitch\(.*one_row \? 0 : (.*); }}", read("pairs.cuh"))
+    return eval(pitch.replace("(int)p.numbers_size", "size"), {}, values)
 
 
 def hopper_layout(c):
@@ -313,8 +344,8 @@ def test_hopper_shared_memory_holds_what_kernels_lay_out():
 @pytest.mark.parametrize("arch", config.ARCHS)
 def test_small_kernels_take_no_shared_memory_of_their_own(arch):
     for kernel in config.SMALL_KERNELS:
-        c = config.choose(kernel, arch, config.default_family(arch), "float32", True, 64, 64)
-        assert c.shared_bytes == 0 and not c.general
+        c = config.choose(kernel, arch, config.default_family(arch), "float32", "all", 64, 64)
+        assert c.shared_bytes == c.most_shared_bytes == 0
         assert "extern __shared__" not in read(f"{kernel}.cu")
 
 
@@ -500,7 +531,7 @@ def test_options_go_by_their_names(driver):
 
     def options(**problem):
         values = driver._Call._options(
-            types.SimpleNamespace(problem=types.SimpleNamespace(**problem))
+            types.SimpleNamespace(problem=types.SimpleNamespace(**problem), natural=True)
         )
         assert len(values) == len(params.OPTIONS)
         return dict(zip(params.OPTIONS, values))
@@ -508,22 +539,24 @@ def test_options_go_by_their_names(driver):
     assert options(**given) == dict(
         **sizes, window_left=10, window_right=11, causal_offset=0, causal_offsets=13,
         **{name: given[name].data.ptr for name in addresses}, attn_mask_kind=4, bias_kind=1,
-        seed=0, seed_at=18, dropout_threshold=3 << 30, keep_scale=4.0,
+        natural=1, cap_scale=0.5 / 9.0, seed=0, seed_at=18, dropout_threshold=3 << 30, keep_scale=4.0,
     )  # fmt: skip
     host = given | dict(causal_offset=-19, seed=20, window_left=0, window_right=0)
     expected = dict(causal_offset=-19, causal_offsets=0, seed=20, seed_at=0)
     assert expected.items() <= options(**host).items()
     assert options(**host)["window_left"] == options(**host)["window_right"] == 0
     absent = given | dict.fromkeys([name for name in given if name not in sizes])
-    zeros = [name for name in params.OPTIONS if name not in sizes]
-    expected = dict.fromkeys(zeros, 0) | dict(window_left=-1, window_right=-1, keep_scale=1.0)
+    rest = [name for name in params.OPTIONS if name not in sizes]
+    expected = dict.fromkeys(rest, 0) | dict(
+        window_left=-1, window_right=-1, keep_scale=1.0, natural=1, cap_scale=0.5 / 9.0
+    )
     assert options(**absent | {"dropout_p": 0.0, "seed": 0}) == sizes | expected
     all_dropped = options(**given | {"dropout_p": 1.0})
     assert (all_dropped["dropout_threshold"], all_dropped["keep_scale"]) == (1 << 32, 0.0)
 
 
 def test_splits_cover_the_keys(driver):
-    tile = {config.choose("forward", 90, "sm_80", d, False, 64, 64, 16) for d in config.DTYPES}
+    tile = {config.choose("forward", 90, "sm_80", d, "", 64, 64, 16) for d in config.DTYPES}
     lengths = {0, 1, driver.LONGEST}
     for n in (driver._SPLIT_KEYS, driver._SPLIT_KEYS * driver._MOST_SPLITS, 10**6):
         lengths |= {n - 1, n, n + 1}
@@ -635,3 +668,65 @@ def test_offsets_are_of_the_axes_that_stay(call):
     call.offsets((2, 3, 4), [100, 10, 1], [False, True, False])
     [table] = call.alive
     assert np.array_equal(table, np.add.outer([0, 100], [0, 1, 2, 3]))
+
+
+def masked(call, problem, **arrays):
+    """What a call makes of its options; `problem` names those that are not arrays."""
+    given = dict(
+        softcap=0.0, alibi_slopes=None, dropout_p=0.0, q_segment_ids=None, attn_mask=None,
+        bias=None, acc=np.float32, dtype="float16",
+    )  # fmt: skip
+    call.problem = types.SimpleNamespace(**given | problem | arrays)
+    call.natural, call.packed = problem.get("natural", bool(arrays)), problem.get("packed", False)
+    added = call._added({name: call.array(array) for name, array in arrays.items()})
+    return call.elementwise, added
+
+
+def scores(dtype, columns=64, shape=(2, 3, 40)):
+    """An array like a mask, whose address is a multiple of 16."""
+    memory = np.zeros(math.prod(shape) * columns * np.dtype(dtype).itemsize + 16, np.uint8)
+    memory = memory[-memory.ctypes.data % 16 :][: memory.size - 16]
+    return memory.view(dtype).reshape(*shape, columns).view(Standin)
+
+
+def test_single_options_have_kernels_of_their_own(driver, call):
+    assert masked(call, {}) == ("", {})
+    for problem, name in (
+        (dict(softcap=3.0, natural=True), "softcap"),
+        (dict(alibi_slopes=1, natural=True), "alibi"),
+        (dict(dropout_p=0.1), "dropout"),
+        (dict(q_segment_ids=1), "segments"),
+        (dict(natural=True), "all"),  # for its scale
+        (dict(dropout_p=0.1, natural=True), "all"),
+        (dict(softcap=3.0, dropout_p=0.1, natural=True), "all"),
+    ):
+        assert masked(call, problem) == (name, {})
+    mask = scores(np.bool_)
+    assert masked(call, {"natural": False}, attn_mask=mask)[0] == "bools"
+    for array in (mask, scores(np.float16)):
+        name = "bools" if array is mask else "numbers"
+        for axis in (0, 1, 2):  # of a mask that is broadcast along it
+            alike = np.broadcast_to(array.take([0], axis), array.shape).view(Standin)
+            chosen, added = masked(call, {"natural": array is not mask}, attn_mask=alike)
+            assert (chosen, added[f"{name}_one_row"]) == (name, axis == 2)
+        assert masked(call, dict(softcap=3.0), attn_mask=array)[0] == "all"
+        assert masked(call, dict(packed=True), attn_mask=array)[0] == "all"
+    for of in ("attn_mask", "bias"):
+        chosen, added = masked(call, {}, **{of: scores(np.float16)})
+        assert chosen == "numbers" and added["numbers_copied"] and added["numbers_size"] == 2
+
+
+def test_other_masks_are_left_to_all(driver, call):
+    for arrays, size, copied in (
+        (dict(attn_mask=scores(np.bool_, 70)), 4, False),  # rows that are not aligned
+        (dict(bias=scores(np.float16, 70)), 4, False),
+        (dict(bias=scores(np.float32)), 4, True),
+        (dict(bias=scores(np.float64)), 4, False),
+        (dict(bias=scores(np.float16), attn_mask=scores(np.float16)), 4, False),
+        (dict(bias=scores(np.float16), attn_mask=scores(np.bool_)), 2, True),
+        (dict(bias=scores(np.float32), attn_mask=scores(np.bool_, 70)), 4, False),
+    ):
+        chosen, added = masked(call, {}, **{k: a[..., :64].view(Standin) for k, a in arrays.items()})
+        assert chosen == "all"
+        assert (added["numbers_size"], bool(added["numbers_copied"])) == (size, copied)
+        assert added.get("bools", 0) == (len(arrays) == 2 and copied)

@@ -34,7 +34,7 @@ class Config(NamedTuple):
     kernel: str  # the file in kernels/, and the name of its entry point
     family: str
     dtype: str
-    general: bool  # compiled with the element-wise options
+    options: str  # the element-wise ones that it is compiled with: none, one of OPTIONS, or "all"
     D: int  # tile of the head size; PIECE where it is walked in pieces
     Dv: int
     walk: bool
@@ -55,7 +55,7 @@ class Config(NamedTuple):
         sizes = (64, 128, 256) if DTYPES[self.tile_dtype] == 2 else (64, 128)
         return (
             self.kernel in ("forward", "backward_q", "backward_kv")
-            and not (self.general or self.walk)
+            and not (self.options or self.walk)
             and self.D == self.Dv
             and self.D in sizes
             and self.dtype != "float64"
@@ -78,9 +78,15 @@ class Config(NamedTuple):
         widest = max(self.D, self.Dv)
         return widest // 2 if self.kernel == "backward_kv" and widest > 128 else widest
 
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a block: its buffers, or the results on their way out."""
+    def added_bytes(self, bool_rows: int, number_rows: int, size: int) -> int:
+        """Bytes of tiles of a mask and bias: rows of truths, and rows of numbers of `size` bytes.
+
+        `bools_pitch` and `numbers_pitch` in kernels/pairs.cuh.
+        """
+        return bool_rows * (self.Bc + 16) + number_rows * (self.Bc + 8) * size
+
+    def shared_bytes_with(self, added: int) -> int:
+        """Shared memory of a block: its buffers and `added` bytes, or the results on their way out."""
         if self.kernel in SMALL_KERNELS:
             return 0
         if self.kernel in HOPPER_KERNELS:
@@ -96,12 +102,22 @@ class Config(NamedTuple):
         buffers = rows * row + rows_v * row_v
         if self.kernel == "backward_kv":
             buffers += 4 * self.Br * acc
-        if self.general:
-            buffers += self.Br * (self.Bc + 4) * acc + self.Br * self.Bc // 4
         results = 16 * self.warps * (self.out_columns + 4) * acc
         if self.kernel == "backward_bias":
             results = self.Br * (self.Bc + 1) * acc
-        return max(buffers, results)
+        return max(buffers + added, results)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block to which nothing is added."""
+        return self.shared_bytes_with(0)
+
+    @property
+    def most_shared_bytes(self) -> int:
+        """Shared memory of a block with the widest tiles of a mask and bias that it may meet."""
+        bools, numbers = (self.Br * (self.options in (n, "all")) for n in ("bools", "numbers"))
+        size = DTYPES[self.dtype] if self.options == "numbers" else 8 if self.dtype == "float64" else 4
+        return self.shared_bytes_with(self.added_bytes(bools, numbers, size))
 
     @property
     def _hopper_bytes(self) -> int:
@@ -136,8 +152,14 @@ def head_tile(size: int) -> int:
     return next((tile for tile in HEAD_TILES if size <= tile), 0)
 
 
+# Options that are read element by element, of which a kernel is compiled with none, one or all. A
+# mask or bias is "bools" or "numbers", in the latter case of the dtype of q; what else there is of
+# them is left to "all", and so is more than one. Kernels for a single one exist where plain ones are
+# fastest: with matrix instructions of 16 bits and whole tiles of rows.
+OPTIONS = ("softcap", "alibi", "dropout", "bools", "numbers", "segments")
+
 # Kernels of rows and numbers, which have no tiles.
-SMALL_KERNELS = ("backward_rows", "combine", "reduce")
+SMALL_KERNELS = ("backward_rows", "combine", "reduce", "survey")
 KERNELS = ("forward", "backward_q", "backward_kv", "backward_bias", *SMALL_KERNELS)
 # What sm_90a has in place of others: the fast kernel, and the one that takes what it cannot.
 _CAREFUL = {
@@ -152,7 +174,9 @@ ROW_CLASSES = (16, 64, 128)
 
 # (kernel, bytes of a number in a tile) -> head tile -> tiles (Br, Bc, warps, blocks) in the order
 # of preference: the first that fits the device's shared memory is taken. A forward's are by row
-# class.
+# class, and, in the last of them, by what it is compiled with. Where a mask lies decides whether it
+# is served as bools or numbers or by "all": all three cut sums into the same parts, (Bc; Br in
+# backward_kv), for the same bits.
 _TILES: dict[tuple[str, int], dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     ("forward 16", 2): {
         128: ((16, 64, 1, 6),),
@@ -167,6 +191,15 @@ _TILES: dict[tuple[str, int], dict[int, tuple[tuple[int, int, int, int], ...]]] 
         128: ((128, 64, 4, 2), (64, 64, 4, 2)),
         256: ((128, 64, 8, 1), (64, 32, 4, 1)),
     },
+    ("forward option", 2): {
+        128: ((128, 64, 4, 2), (64, 64, 4, 2)),
+        256: ((128, 64, 8, 1), (64, 32, 4, 1)),
+    },
+    ("forward all", 2): {
+        128: ((64, 64, 4, 2),),
+        256: ((128, 64, 8, 1), (64, 32, 4, 1)),
+    },
+    ("forward all", 4): {128: ((64, 32, 4, 2), (64, 16, 4, 1)), 256: ((64, 16, 4, 1),)},
     ("forward 16", 4): {128: ((16, 32, 1, 4),), 256: ((16, 16, 1, 2),)},
     ("forward 64", 4): {128: ((64, 32, 4, 2), (64, 16, 4, 1)), 256: ((64, 16, 4, 1),)},
     ("forward 128", 4): {
@@ -206,16 +239,16 @@ _HOPPER_TILES = {
 }  # fmt: skip
 
 
-def _hopper_forward(dtype: str, general: bool, D: int, Dv: int, rows: int) -> Config | None:
+def _hopper_forward(dtype: str, options: str, D: int, Dv: int, rows: int) -> Config | None:
     """The configuration of sm_90a that serves a forward, if one does: of head sizes in steps of 16
     bytes, which the copy engine takes."""
-    if DTYPES[dtype] != 2 or general or rows <= 64 or 0 in (D, Dv) or D % 8 or Dv % 8:
+    if DTYPES[dtype] != 2 or options or rows <= 64 or 0 in (D, Dv) or D % 8 or Dv % 8:
         return None
     for (tile, tile_v), (Br, Bc) in _HOPPER_TILES.items():
         if D <= tile and Dv <= tile_v:
             warps = Br // 16 + 4
             return Config(
-                "hopper_forward", "sm_90a", dtype, False, tile, tile_v, False, Br, Bc, warps, 1
+                "hopper_forward", "sm_90a", dtype, "", tile, tile_v, False, Br, Bc, warps, 1
             )
     return None
 
@@ -227,14 +260,14 @@ _HOPPER_BACKWARD_TILES = {
 }
 
 
-def _hopper_backward(kernel: str, dtype: str, general: bool, D: int, Dv: int) -> Config | None:
+def _hopper_backward(kernel: str, dtype: str, options: str, D: int, Dv: int) -> Config | None:
     """The configuration of sm_90a that serves a backward, if one does."""
-    if DTYPES[dtype] != 2 or general or 0 in (D, Dv) or D % 8 or Dv % 8:
+    if DTYPES[dtype] != 2 or options or 0 in (D, Dv) or D % 8 or Dv % 8:
         return None
     for tile, (Br, Bc) in _HOPPER_BACKWARD_TILES[kernel].items():
         if max(D, Dv) <= tile:
             name = f"hopper_{kernel}"
-            return Config(name, "sm_90a", dtype, False, tile, tile, False, Br, Bc, 12, 1)
+            return Config(name, "sm_90a", dtype, "", tile, tile, False, Br, Bc, 12, 1)
     return None
 
 
@@ -246,22 +279,25 @@ def careful(config: Config) -> Config:
 
 @functools.lru_cache(1024)
 def choose(
-    kernel: str, arch: int, family: str, dtype: str, general: bool, D: int, Dv: int, rows: int = 128
+    kernel: str, arch: int, family: str, dtype: str, options: str, D: int, Dv: int, rows: int = 128
 ) -> Config:
-    """The configuration that serves a problem.
+    """The configuration that serves a problem with these element-wise options.
 
     `rows` is how many query rows share the loads of a forward's keys.
     """
     if family == "sm_90a":
         found = None
         if kernel == "forward":
-            found = _hopper_forward(dtype, general, D, Dv, rows)
+            found = _hopper_forward(dtype, options, D, Dv, rows)
         elif kernel in _HOPPER_BACKWARD_TILES:
-            found = _hopper_backward(kernel, dtype, general, D, Dv)
-        return found or choose(kernel, arch, _GENERIC, dtype, general, D, Dv, rows)
+            found = _hopper_backward(kernel, dtype, options, D, Dv)
+        return found or choose(kernel, arch, _GENERIC, dtype, options, D, Dv, rows)
     if kernel in SMALL_KERNELS:
-        return Config(kernel, family, dtype, False, 32, 32, False, 64, 64, 4, 1)
+        options = "all" if kernel == "survey" else ""
+        return Config(kernel, family, dtype, options, 32, 32, False, 64, 64, 4, 1)
     size = DTYPES[Config(kernel, family, dtype, *(0,) * 8).tile_dtype]
+    if kernel == "backward_bias" or (options and (size > 2 or rows < ROW_CLASSES[-1])):
+        options = "all"
     limit = shared_limit(arch)
     if kernel != "backward_bias":
         name = kernel
@@ -271,29 +307,33 @@ def choose(
             tile = tile_v = widest
         if kernel == "forward":
             name = f"forward {next((n for n in ROW_CLASSES if rows <= n), ROW_CLASSES[-1])}"
+            if options and rows >= ROW_CLASSES[-1]:
+                name = f"forward {'all' if options == 'all' else 'option'}"
             if (name, size) not in _TILES:
                 name = "forward 64"
         by_head = _TILES[name, size]
         candidates = [
-            Config(kernel, family, dtype, general, tile, tile_v, False, *tiles)
+            Config(kernel, family, dtype, options, tile, tile_v, False, *tiles)
             for tiles in next((t for head, t in by_head.items() if widest and widest <= head), ())
         ]
         for together in (True, False):  # the first of which `blocks` fit at a time, else one
             for config in candidates:
-                if config.shared_bytes * (config.blocks if together else 1) <= limit:
+                blocks = config.blocks if together else 1
+                most = config._replace(options="all") if options in ("bools", "numbers") else config
+                if most.most_shared_bytes <= limit and config.shared_bytes * blocks <= limit:
                     return config
     tiles = _WALK[size].get(kernel, _WALK[size]["other"])
-    general = general or kernel == "backward_bias"
-    return Config(kernel, family, dtype, general, PIECE, PIECE, True, *tiles)
+    options = "all" if options else ""
+    return Config(kernel, family, dtype, options, PIECE, PIECE, True, *tiles)
 
 
 def configs(arch: int, family: str) -> list[Config]:
     """Every configuration that `choose` can give on a compute capability, and what goes with it."""
     found = {
-        choose(kernel, arch, family, dtype, general, D - odd, Dv - odd, rows): None
+        choose(kernel, arch, family, dtype, options, D - odd, Dv - odd, rows): None
         for kernel in KERNELS
         for dtype in DTYPES
-        for general in (False, True)
+        for options in ("", *OPTIONS, "all")
         for D, Dv in [*((n, n) for n in HEAD_TILES), (192, 128), (258, 258)]
         for odd in (0, 1)  # sizes that no copy engine takes
         for rows in ROW_CLASSES
@@ -333,7 +373,7 @@ def table() -> list[dict[str, object]]:
         for config in configs(oldest, family):
             if config.kernel in SMALL_KERNELS or config.family != family:
                 continue
-            if config.general != (config.kernel == "backward_bias"):
+            if config.options != ("all" if config.kernel == "backward_bias" else ""):
                 continue
             rows.append(
                 {

@@ -103,8 +103,8 @@ def load(device: Device, config: Config) -> Kernel:
             module = cupy.RawModule(code=assemble(config), options=options, backend="nvrtc")
             raw = module.get_function(config.kernel)
             shared = config.shared_bytes
-            if shared > 48 * 1024:
-                raw.max_dynamic_shared_size_bytes = shared
+            if config.most_shared_bytes > 48 * 1024:
+                raw.max_dynamic_shared_size_bytes = config.most_shared_bytes
             kernel = Kernel(raw.kernel.ptr, config.threads, shared, raw)
             _kernels[device.id, config] = kernel
     return kernel
@@ -124,15 +124,22 @@ class _Arguments(threading.local):
 arguments = _Arguments()
 
 
-def launch(kernel: Kernel, blocks: int, stream: int, maps: tuple[TensorMap, ...] = ()) -> None:
-    """Start a kernel on `stream` with the thread's `arguments`, and tensor maps if it takes any."""
+def launch(
+    kernel: Kernel, blocks: int, stream: int, maps: tuple[TensorMap, ...] = (),
+    shared: int | None = None,
+) -> None:  # fmt: skip
+    """Start a kernel on `stream` with the thread's `arguments`, and tensor maps if it takes any.
+
+    `shared` bytes of shared memory, if it has not its own.
+    """
     for place, found in enumerate(maps, 1):
         arguments.pointers[place] = found.address
     if not arguments.bound:
         cupy.cuda.runtime.setDevice(cupy.cuda.runtime.getDevice())
         arguments.bound = True
     driver.launchKernel(
-        kernel.function, blocks, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes, stream,
+        kernel.function, blocks, 1, 1, kernel.threads, 1, 1,
+        kernel.shared_bytes if shared is None else shared, stream,
         arguments.address, 0,
     )  # fmt: skip
 

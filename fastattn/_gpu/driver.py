@@ -3,6 +3,8 @@
 forward:  forward [, combine where keys are split]
 backward: backward_rows, backward_q, backward_kv, backward_bias [, reduce], reduce
 
+With masks or segments, survey tells each of the kernels that walk over tiles which are empty.
+
 Nothing is read from the device and nothing waits for it. Results that are asked for are filled by
 the kernels; workspace comes from CuPy's allocator and is given back as its stream gets there.
 """
@@ -17,9 +19,9 @@ from typing import Any
 import cupy
 import numpy as np
 
-from fastattn._gpu.config import HOPPER_KERNELS, Config, careful, choose
+from fastattn._gpu.config import HOPPER_KERNELS, SMALL_KERNELS, Config, careful, choose
 from fastattn._gpu.device import Device, arguments, device_of, launch, load
-from fastattn._gpu.params import NO_ARRAY, pack
+from fastattn._gpu.params import ARRAY_FIELDS, NO_ARRAY, pack
 from fastattn._gpu.tensor_maps import TensorMap, tensor_map
 from fastattn._problem import Problem
 
@@ -30,6 +32,7 @@ _MOST_SPLITS = 256
 _FEW_ROWS = 64  # query rows of a whole group up to which they share a tile, and split their keys
 
 _BYTES, _ELEMENTS, _VECTORS = range(3)  # enum Access
+_HEAD, _ROW, _ACCESS = map(ARRAY_FIELDS.index, ("head", "row", "access"))
 _KINDS: dict[Any, int] = {}  # enum Kind, by dtype; filled as dtypes are met
 _KIND_NAMES = ("bool", "float16", "bfloat16", "float32", "float64")
 
@@ -39,9 +42,9 @@ def forward(problem: Problem, out: Any, lse: Any) -> None:
     if out.size == 0 and lse.size == 0:
         return
     p, call = problem, _Call(problem)
-    arrays = call.inputs() | {"out": call.array(out), "lse": call.rows(lse)}
     few = p.group * p.Lq <= _FEW_ROWS
-    packed = few and p.group > 1
+    call.packed = packed = few and p.group > 1
+    arrays = call.inputs() | {"out": call.array(out), "lse": call.rows(lse)}
     rows = p.group * p.Lq if packed else p.Lq
     config = call.config("forward", rows)
     tiles = -(-rows // config.Br)
@@ -58,6 +61,8 @@ def forward(problem: Problem, out: Any, lse: Any) -> None:
         partial_out = cupy.empty(all_rows * p.Dv, p.acc)
         partial_lse = cupy.empty(all_rows, p.acc)
         scalars |= {"partial_out": partial_out.data.ptr, "partial_lse": partial_lse.data.ptr}
+    if not few:
+        scalars |= call.survey(config, arrays)
     heads = p.batch * (p.Hkv if packed else p.Hq)
     call.launch(config, heads * tiles * pieces * splits, arrays, scalars)
     if splits > 1:
@@ -125,10 +130,14 @@ def backward(
         config = call.config("backward_q")
         more: dict[str, Any] = {"tiles": -(-p.Lq // config.Br)}
         more["pieces"] = max(1, -(-p.D // config.D)) if config.walk else 1
-        if dalibi_slopes is not None:
-            more["row_sum"] = row_sum.data.ptr
         blocks = p.batch * p.Hq * more["tiles"] * more["pieces"]
+        more |= call.survey(config, arrays)
         given = {} if dq is None else {"dq": call.array(dq)}
+        if dalibi_slopes is not None:
+            if given and p.softcap:  # whose slope is not in these sums
+                _launch_backward(call, config, blocks, arrays | given, scalars | more)
+                given = {}
+            more["row_sum"] = row_sum.data.ptr
         _launch_backward(call, config, blocks, arrays | given, scalars | more)
     if (dk is not None or dv is not None) and p.Lk:
         config = call.config("backward_kv")
@@ -137,6 +146,7 @@ def backward(
             widest = max(p.D, p.Dv) if config.walk else config.D
             more["pieces"] = max(1, -(-widest // config.out_columns))
         given = {n: call.array(x) for n, x in (("dk", dk), ("dv", dv)) if x is not None}
+        more |= call.survey(config, arrays)
         blocks = p.batch * p.Hkv * more["tiles"] * more.get("pieces", 1)
         _launch_backward(call, config, blocks, arrays | given, scalars | more)
     if dbias is not None and dbias.size:
@@ -176,9 +186,8 @@ def _bias(call: _Call, dbias: Any, arrays: dict[str, Any], scalars: dict[str, An
     more: dict[str, Any] = {
         "dbias_kind": _kind(dbias),
         "head_sums": head, "row_sums": row, "column_sums": column,
-        "row_tiles": row_tiles, "column_tiles": column_tiles,
         "batch_sums": math.prod(n for n, summed in zip(p.lead, lead) if summed),
-    }  # fmt: skip
+    } | call.survey(config, arrays)  # fmt: skip
     own_batches = p.batch // more["batch_sums"]
     if 1 < more["batch_sums"] < p.batch:  # entries of C order, in steps of C order
         steps = [math.prod(p.lead[axis + 1 :]) for axis in range(len(p.lead))]
@@ -258,11 +267,11 @@ class _Call:
                 raise ValueError(
                     f"{name} has {length} rows (axis -2), and a GPU takes at most {LONGEST}"
                 )
-        self.general = not (
-            p.attn_mask is None and p.bias is None and p.q_segment_ids is None
-            and p.softcap == 0.0 and p.alibi_slopes is None and p.dropout_p == 0.0
-            and 1e-30 < p.scale < 1e30  # else its product with log2(e) may leave float32
-        )  # fmt: skip
+        # Whether scores have to be in natural units, in kernels with element-wise options.
+        odd_scale = not 1e-30 < p.scale < 1e30  # its product with log2(e) may leave float32
+        of_numbers = p.bias is not None or (p.attn_mask is not None and p.attn_mask.dtype != bool)
+        self.natural = bool(p.softcap or p.alibi_slopes is not None or of_numbers or odd_scale)
+        self.packed = False
         self.alive: list[Any] = []  # workspace that launches still read
         self.device: Device = device_of(cupy.cuda.runtime.getDevice())
         self.stream = cupy.cuda.get_current_stream().ptr
@@ -271,14 +280,18 @@ class _Call:
     def config(self, kernel: str, rows: int = 0) -> Config:
         p, device = self.problem, self.device
         rows = 16 if rows <= 16 else 64 if rows <= 64 else 128
-        return choose(kernel, device.arch, device.family, p.dtype, self.general, p.D, p.Dv, rows)
+        return choose(kernel, device.arch, device.family, p.dtype, self.elementwise, p.D, p.Dv, rows)
 
     def launch(
         self, config: Config, blocks: int, arrays: dict[str, Any], scalars: dict[str, Any],
         maps: tuple[TensorMap, ...] = (),
     ) -> None:  # fmt: skip
+        shared = None
+        if config.options:
+            scalars = scalars | self.added
+            shared = config.shared_bytes_with(self._added_bytes(config))
         pack(arguments.block, arrays, self.options, scalars)
-        launch(load(self.device, config), blocks, self.stream, maps)
+        launch(load(self.device, config), blocks, self.stream, maps, shared)
 
     def launch_again(self, config: Config, blocks: int) -> None:
         """Another kernel with the arguments of the launch before."""
@@ -314,7 +327,87 @@ class _Call:
         if p.q_segment_ids is not None:
             arrays["q_segment_ids"] = self.rows(p.q_segment_ids[..., None, :])
             arrays["kv_segment_ids"] = self.rows(p.kv_segment_ids[..., None, :])
+        self.added = self._added(arrays)
         return arrays
+
+    def _added(self, arrays: dict[str, tuple[int, ...]]) -> dict[str, int]:
+        """How tiles of a mask and bias come to shared memory; also says which options there are."""
+        p = self.problem
+        asked = [
+            name for name, given in (
+                ("softcap", p.softcap), ("alibi", p.alibi_slopes is not None),
+                ("dropout", p.dropout_p), ("segments", p.q_segment_ids is not None),
+            ) if given
+        ]  # fmt: skip
+        added: dict[str, int] = {}
+        numbers = [name for name in ("attn_mask", "bias") if name in arrays]
+
+        def one_row(names: list[str]) -> bool:
+            same = (_ROW, _HEAD) if self.packed else (_ROW,)
+            return not any(arrays[name][field] for name in names for field in same)
+
+        def copied(names: list[str]) -> bool:
+            return len(names) == 1 and not self.packed and arrays[names[0]][_ACCESS] == _VECTORS
+
+        if p.attn_mask is not None and p.attn_mask.dtype == bool and copied(["attn_mask"]):
+            numbers.remove("attn_mask")
+            added |= {"bools": 1, "bools_one_row": one_row(["attn_mask"])}
+            asked.append("bools")
+        if numbers:
+            array = p.attn_mask if numbers[0] == "attn_mask" else p.bias
+            acc, size = np.dtype(p.acc), array.itemsize
+            is_copied = copied(numbers) and (size == 2 or array.dtype == acc)
+            added |= {
+                "numbers_size": size if is_copied else acc.itemsize, "numbers_kind": _kind(array),
+                "numbers_copied": is_copied, "numbers_one_row": one_row(numbers),
+            }  # fmt: skip
+            asked.append("numbers")
+            if not is_copied or array.dtype.name != p.dtype:
+                asked.append("")  # for "all"
+        if self.natural and not {"softcap", "alibi", "numbers"}.intersection(asked):
+            asked.append("")
+        self.elementwise = "all" if len(asked) > 1 or asked == [""] else "".join(asked)
+        return added
+
+    def _added_bytes(self, config: Config) -> int:
+        if config.kernel in SMALL_KERNELS:
+            return 0
+        get = self.added.get
+        bools = get("bools", 0) and (1 if get("bools_one_row") else config.Br)
+        size = get("numbers_size", 0)
+        return config.added_bytes(bools, 1 if get("numbers_one_row") else config.Br, size)
+
+    def survey(self, config: Config, arrays: dict[str, tuple[int, ...]]) -> dict[str, int]:
+        """What the tiles of a kernel ask for, where masks or segments have a say in it."""
+        p = self.problem
+        row_tiles, column_tiles = -(-p.Lq // config.Br), -(-p.Lk // config.Bc)
+        found = {"row_tiles": row_tiles, "column_tiles": column_tiles}
+        blocks = mask_tiles = 0
+        if p.attn_mask is not None:
+            _, batches, batch, head, row, column, _ = arrays["attn_mask"]
+            keys = column_tiles if column else 1
+            rows = row_tiles if row else 1
+            heads = p.Hq if head else 1
+            mask_tiles = (p.batch if batch or batches else 1) * heads * rows * keys
+            needs = cupy.empty(mask_tiles, np.uint8)
+            self.alive.append(needs)
+            found |= {
+                "tile_needs": needs.data.ptr, "mask_tiles": mask_tiles,
+                "needs_key": int(bool(column)), "needs_row": keys if row else 0,
+                "needs_head": rows * keys if head else 0,
+                "needs_batch": heads * rows * keys if batch or batches else 0,
+            }  # fmt: skip
+            blocks = mask_tiles
+        if p.q_segment_ids is not None:
+            row_ids = cupy.empty(2 * p.batch * row_tiles, np.int64)
+            key_ids = cupy.empty(2 * p.batch * column_tiles, np.int64)
+            self.alive += [row_ids, key_ids]
+            found |= {"row_ids": row_ids.data.ptr, "key_ids": key_ids.data.ptr}
+            blocks += p.batch * (row_tiles + column_tiles)
+        if blocks:
+            tile = {"tile_rows": config.Br, "tile_keys": config.Bc}
+            self.launch(self.config("survey"), blocks, arrays, found | tile)
+        return found
 
     def _options(self) -> tuple[Any, ...]:
         """The values of OPTIONS in params.py."""
@@ -339,6 +432,7 @@ class _Call:
             offset, offsets, _pointer(p.q_lens), _pointer(p.kv_lens),
             _pointer(p.alibi_slopes), _pointer(p.sinks),
             _kind(p.attn_mask), _kind(p.bias),
+            self.natural, p.scale / p.softcap if p.softcap else 0.0,
             seed, seed_at, threshold, keep_scale,
         )  # fmt: skip
 

@@ -28,6 +28,7 @@ OPTIONS = {
     "causal_offsets": "const i64*", "q_lens": "const i64*", "kv_lens": "const i64*",
     "alibi_slopes": "const void*", "sinks": "const void*",
     "attn_mask_kind": "i64", "bias_kind": "i64",
+    "natural": "i64", "cap_scale": "double",
     "seed": "u64", "seed_at": "const void*", "dropout_threshold": "i64", "keep_scale": "double",
 }  # fmt: skip
 LAUNCH = {
@@ -35,6 +36,12 @@ LAUNCH = {
     "out_kind": "i64", "dbias_kind": "i64",
     # how the work is cut
     "packed": "i64", "tiles": "i64", "splits": "i64", "split_keys": "i64", "pieces": "i64",
+    # how tiles of a mask and bias come, and what tiles of scores ask for; see kernels/pairs.cuh
+    "bools": "i64", "bools_one_row": "i64",
+    "numbers_size": "i64", "numbers_kind": "i64", "numbers_copied": "i64", "numbers_one_row": "i64",
+    "tile_needs": "void*", "needs_batch": "i64", "needs_head": "i64", "needs_row": "i64",
+    "needs_key": "i64", "row_ids": "void*", "key_ids": "void*", "mask_tiles": "i64",
+    "tile_rows": "i64", "tile_keys": "i64",
     # workspace, and how the gradient of bias is summed
     "partial_out": "void*", "partial_lse": "void*", "row_lse": "void*", "row_delta": "void*",
     "row_sum": "void*", "sums": "void*", "slices": "i64", "batch_sums": "i64",

@@ -10,7 +10,7 @@ import functools
 from importlib import resources
 
 from fastattn._gpu import wgmma
-from fastattn._gpu.config import Config
+from fastattn._gpu.config import OPTIONS, Config
 from fastattn._gpu.params import DECLARATION
 
 # In the order of use: each file reads what the ones before it declare.
@@ -29,6 +29,9 @@ _OF_KERNEL: dict[str, tuple[str, ...]] = {
     "hopper_backward_kv": _BACKWARD_KV,
     "hopper_careful_kv": _BACKWARD_KV,
 }
+# `Option` in kernels/pairs.cuh.
+_OPTIONS = {"": 0, "all": (1 << len(OPTIONS)) - 1}
+_OPTIONS |= {name: 1 << i for i, name in enumerate(OPTIONS)}
 _C_TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "float", "float64": "double"}
 
 
@@ -46,7 +49,7 @@ def assemble(config: Config) -> str:
     acc = "double" if config.dtype == "float64" else "float"
     values = {
         "kArch": config.family.removeprefix("sm_").removesuffix("a"),
-        "kGeneral": int(config.general),
+        "kOptions": _OPTIONS[config.options],
         "kWalk": int(config.walk),
     }
     constants = {

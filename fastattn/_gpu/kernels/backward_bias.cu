@@ -18,8 +18,7 @@ backward_bias(const __grid_constant__ Params p) {
   Tile* const sO = sQ + kBr * pitch_of(kD);
   Tile* const sK = sO + kBr * pitch_of(kDv);
   Tile* const sV = sK + kBc * pitch_of(kD);
-  Acc* const added = (Acc*)(sV + kBc * pitch_of(kDv));
-  u8* const kept = (u8*)(added + kBr * kAddedPitch);
+  char* const added = (char*)(sV + kBc * pitch_of(kDv));
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 
   // This block's tile of dbias; an axis that is summed over has one entry.
@@ -54,6 +53,8 @@ backward_bias(const __grid_constant__ Params p) {
     const Entry entry = entry_of(p, b);
     const int last = min_of(row0 + kBr, entry.q_len) - 1;
     if (row0 > last || max_of(first_key(entry, row0), key0) >= min_of(end_of_keys(entry, last), key0 + kBc)) continue;
+    const int needs = needs_of(p, b, h, row0 / kBr, key0 / kBc);
+    if (needs & kEmpty) continue;
     auto row_of = [&](int r) { return row0 + r < p.Lq ? Row{row0 + r, h} : Row{kFar, 0}; };
     auto load = [&](auto size, Tile* to, const Array& array, int head, int row, int end, int at, int width) {
       load_tile<decltype(size)::rows, decltype(size)::columns>(
@@ -64,7 +65,8 @@ backward_bias(const __grid_constant__ Params p) {
     clear(s);
     clear(dp);
     __syncthreads();
-    fill_added(p, entry, added, kept, key0, row_of);
+    load_added(p, needs, added, b, h, row0, key0, row_of);
+    copies_commit();
     walk_rows<kD>(
         s, warp_q, sK, (int)p.D,
         [&](int at) { load(Size<kBr, kD>(), sQ, p.q, h, row0, entry.q_len, at, (int)p.D); },
@@ -73,6 +75,7 @@ backward_bias(const __grid_constant__ Params p) {
         dp, warp_o, sV, (int)p.Dv,
         [&](int at) { load(Size<kBr, kDv>(), sO, p.dout, h, row0, entry.q_len, at, (int)p.Dv); },
         [&](int at) { load(Size<kBc, kDv>(), sV, p.v, kv_head, key0, entry.kv_len, at, (int)p.Dv); });
+    copies_wait<0>();
     __syncthreads();
     auto place = [&](int m, int y, int e) {
       return Place{(warp * kM + m) * 16 + (e >> 1) * 8 + g, y * 8 + 2 * t + (e & 1)};
@@ -89,15 +92,15 @@ backward_bias(const __grid_constant__ Params p) {
       repair(dp, p.dout, p.v, p.Dv, place, [&](Place at) { return row(p.dout.at(b, h), p.dout, at.r); },
              [&](Place at) { return key(p.v.at(b, kv_head), p.v, at.c); });
     }
-    score(p, s, added, false, place,
-          [&](int m, int half) { return keys_of_row(entry, row0 + place(m, 0, 2 * half).r, key0); });
+    const Acc* const row_lse = (const Acc*)p.row_lse + row_start(p, b, h) + row0;
+    const Acc* const row_delta = (const Acc*)p.row_delta + row_start(p, b, h) + row0;
+    Kept<kM, kN> kept;
+    if (asks_dropout(p)) kept = draw<false, kM, kN>(p, b, key0, place, row_of);
+    apply_factors(p, s, dp, false, kept, [&](int m, int n, int e) { return row_delta[place(m, n, e).r]; });
+    apply_options<false>(p, entry, s, needs, kClean, added, key0, place, row_of);
+    keep_within(s, [&](int m, int half) { return keys_of_row(entry, row0 + place(m, 0, 2 * half).r, key0); });
     for_each(s, [&](Acc& y, int m, int n, int e) {
-      const Place at = place(m, n, e);
-      const i64 row = row_start(p, b, h) + row0 + at.r;
-      Acc z = 1;
-      if (p.dropout_threshold) z = is_kept(kept, at) ? (Acc)p.keep_scale : 0;
-      sum[m][n][e] += gradient<true>(p, y, z * dp[m][n][e], ((const Acc*)p.row_lse)[row],
-                                     ((const Acc*)p.row_delta)[row], kUsual).ds;
+      sum[m][n][e] += gradient<true>(p, y, dp[m][n][e], row_lse[place(m, n, e).r], 0, kUsual).ds;
     });
   }
 

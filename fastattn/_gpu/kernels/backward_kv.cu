@@ -20,19 +20,17 @@ backward_kv(const __grid_constant__ Params p) {
   Tile* const sQ = sO + kBr * pitch_of(kDv);
   constexpr int kBuffer = kBr * pitch_of(kD);
   Acc* const sRows = (Acc*)(sQ + (kWalk ? 1 : 2) * kBuffer);  // two buffers of lse and delta
-  Acc* const added = sRows + 4 * kBr;                         // these two in kGeneral only
-  u8* const kept = (u8*)(added + kBr * kAddedPitch);
+  char* const added = (char*)(sRows + 4 * kBr);               // in kGeneral only
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 
-  i64 index = blockIdx.x;
-  const int piece = (int)(index % p.pieces);
-  const Turn turn = turn_of(index / p.pieces, p.tiles, p.batch * p.Hkv);
-  const int b = (int)(turn.head / p.Hkv), kv_head = (int)(turn.head % p.Hkv);
+  const int piece = blockIdx.x % (int)p.pieces;
+  const Turn turn = turn_of(blockIdx.x / (int)p.pieces, (int)p.tiles, (int)(p.batch * p.Hkv));
+  const int b = turn.head / (int)p.Hkv, kv_head = turn.head % (int)p.Hkv;
   const Entry entry = entry_of(p, b);
   const int key0 = turn.tile * kBc, last_key = min_of(key0 + kBc, entry.kv_len) - 1;
   const int begin = first_row(entry, key0), end = key0 < entry.kv_len ? end_of_rows(entry, last_key) : 0;
   const int from = begin / kBr, to = end > begin ? (end + kBr - 1) / kBr : from;
-  const int steps = (to - from) * (int)p.group;
+  const int end_head = (kv_head + 1) * (int)p.group;
   const int column0 = piece * kOut, column0_v = piece * kOutV;
 
   const char* const of_k = p.k.at(b, kv_head);
@@ -44,10 +42,22 @@ backward_kv(const __grid_constant__ Params p) {
   auto load_v = [&](int at) {
     load_tile<kBc, kDv>(sV, p.v, of_v + key0 * p.v.row + at * p.v.column, keys, (int)p.Dv - at);
   };
-  // A step is a tile of one query head; heads come one after the other.
-  struct Step { int h, row0; };
-  const Step first = {kv_head * (int)p.group, from * kBr};
-  auto after = [&](Step at) { return at.row0 + kBr < to * kBr ? Step{at.h, at.row0 + kBr} : Step{at.h + 1, first.row0}; };
+  // A step is a tile of one query head, and what it asks for; heads come one after the other. Tiles
+  // that hold no pair are no steps.
+  struct Step { int h, row0, needs; };
+  auto seek = [&](int head, int n) {
+#if kOptions
+    for (; head < end_head; head++, n = from)
+      for (; n < to; n++) {
+        const int needs = needs_of(p, b, head, n, turn.tile);
+        if (!(needs & kEmpty)) return Step{head, n * kBr, needs};
+      }
+    return Step{head, 0, 0};
+#else
+    return n < to ? Step{head, n * kBr, 0} : Step{from < to ? head + 1 : end_head, from * kBr, 0};
+#endif
+  };
+  const Step first = seek(kv_head * (int)p.group, from);
   auto load_q = [&](Tile* to, Step step, int at) {
     const char* const row = p.q.at(b, step.h) + step.row0 * p.q.row + at * p.q.column;
     load_tile<kBr, kD>(to, p.q, row, entry.q_len - step.row0, (int)p.D - at);
@@ -65,6 +75,9 @@ backward_kv(const __grid_constant__ Params p) {
       copy_16_bytes(to_rows + y * kEach, rows + row + y % kCopies * kEach, true);
     }
   };
+  auto row_of = [&](const Step& step) {  // the rows of a step's tile
+    return [&p, step](int r) { return step.row0 + r < p.Lq ? Row{step.row0 + r, step.h} : Row{kFar, 0}; };
+  };
   const Tile* const warp_k = sK + warp * kM * 16 * pitch_of(kD);
   const Tile* const warp_v = sV + warp * kM * 16 * pitch_of(kDv);
   const Acc ones[kM][2] = {};
@@ -74,7 +87,10 @@ backward_kv(const __grid_constant__ Params p) {
     clear(dk);
     clear(dv);
     __syncthreads();
-    if (steps) {
+    if (first.h < end_head) {
+#if kOptions
+      load_added(p, first.needs, added, b, first.h, first.row0, key0, row_of(first));
+#endif
       if (!kWalk) {
         load_k(0);
         load_v(0);
@@ -84,40 +100,38 @@ backward_kv(const __grid_constant__ Params p) {
       load_numbers(first, 0);
       copies_commit();
     }
-    Step step = first;
+    Step step = first, next_step;
 #pragma unroll 1
-    for (int x = 0; x < steps; x++, step = after(step)) {
+    for (int x = 0; step.h < end_head; x++, step = next_step) {
+      next_step = seek(step.h, step.row0 / kBr + 1);
       const int row0 = step.row0;
       Tile* const tile_q = kWalk ? sQ : sQ + x % 2 * kBuffer;
       const Acc* const rows = sRows + x % 2 * 2 * kBr;
       Acc s[kM][kN][4], dp[kM][kN][4];
       clear(s);
       clear(dp);
-#if kGeneral
-      fill_added(p, entry, added, kept, key0,
-                 [&](int r) { return row0 + r < p.Lq ? Row{row0 + r, step.h} : Row{kFar, 0}; });
-#endif
-      auto multiply_k_q = [&] {
-        if (kWalk)
-          walk_rows<kD>(s, warp_k, sQ, (int)p.D, load_k, [&](int at) { load_q(sQ, step, at); });
-        else
-          multiply_rows<kD / kStep>(s, warp_k, pitch_of(kD), tile_q, pitch_of(kD));
-      };
       copies_wait<0>();
       __syncthreads();
-      if (x + 1 < steps) {
-        if (!kWalk) load_q(sQ + (x + 1) % 2 * kBuffer, after(step), 0);
-        load_numbers(after(step), x + 1);
+      if (next_step.h < end_head) {
+        if (!kWalk) load_q(sQ + (x + 1) % 2 * kBuffer, next_step, 0);
+        load_numbers(next_step, x + 1);
       }
       copies_commit();
-      multiply_k_q();
+      auto place = [&](int m, int y, int e) {
+        return Place{y * 8 + 2 * t + (e & 1), (warp * kM + m) * 16 + (e >> 1) * 8 + g};
+      };
+#if kOptions
+      Kept<kM, kN> kept;  // drawn while registers are free
+      if (asks_dropout(p)) kept = draw<true, kM, kN>(p, b, key0, place, row_of(step));
+#endif
+      if (kWalk)
+        walk_rows<kD>(s, warp_k, sQ, (int)p.D, load_k, [&](int at) { load_q(sQ, step, at); });
+      else
+        multiply_rows<kD / kStep>(s, warp_k, pitch_of(kD), tile_q, pitch_of(kD));
       if (kWalk)
         walk_rows<kDv>(dp, warp_v, sO, (int)p.Dv, load_v, [&](int at) { load_o(step, at); });
       else
         multiply_rows<kDv / kStep>(dp, warp_v, pitch_of(kDv), sO, pitch_of(kDv));
-      auto place = [&](int m, int y, int e) {
-        return Place{y * 8 + 2 * t + (e & 1), (warp * kM + m) * 16 + (e >> 1) * 8 + g};
-      };
       const int last_row = min_of(row0 + kBr, entry.q_len) - 1;
       auto row_at = [&](const char* of, const Array& array, int r) {
         return row0 + r < entry.q_len ? of + (row0 + r) * array.row : nullptr;
@@ -125,36 +139,35 @@ backward_kv(const __grid_constant__ Params p) {
       auto key_at = [&](const char* of, const Array& array, int c) {
         return key0 + c < entry.kv_len ? of + (key0 + c) * array.row : nullptr;
       };
-      auto repair_scores = [&] {
-        if (kSplit && mode != kUsual)
-          repair(s, p.q, p.k, p.D, place, [&](Place at) { return row_at(p.q.at(b, step.h), p.q, at.r); },
-                 [&](Place at) { return key_at(of_k, p.k, at.c); });
-      };
-      repair_scores();
-      if (kSplit && mode != kUsual)
+      if (kSplit && mode != kUsual) {
+        repair(s, p.q, p.k, p.D, place, [&](Place at) { return row_at(p.q.at(b, step.h), p.q, at.r); },
+               [&](Place at) { return key_at(of_k, p.k, at.c); });
         repair(dp, p.dout, p.v, p.Dv, place, [&](Place at) { return row_at(p.dout.at(b, step.h), p.dout, at.r); },
                [&](Place at) { return key_at(of_v, p.v, at.c); });
-      score(p, s, added, mode == kUsual && all_pairs(entry, row0, last_row, key0, kBc), place,
-            [&](int m, int half) { return rows_of_key(entry, key0 + hidden(place(m, 0, 2 * half).c), row0); });
+      }
+#if kOptions
+      apply_factors(p, s, dp, true, kept, [&](int m, int n, int e) { return rows[kBr + place(m, n, e).r]; });
+      apply_options<true>(p, entry, s, step.needs, mode, added, key0, place, row_of(step));
+#endif
+      if (mode != kUsual || !all_pairs(entry, row0, last_row, key0, kBc))
+        keep_within(s, [&](int m, int half) {
+          return rows_of_key(entry, key0 + hidden(place(m, 0, 2 * half).c), row0);
+        });
       // s becomes z P (without z's constant factor), dp becomes dS.
       auto make_p_and_ds = [&](auto care) {
         for_each(s, [&](Acc& y, int m, int n, int e) {
           const Place at = place(m, n, e);
-          Acc z = 1;
-          bool stays = true;
-#if kGeneral
-          if (p.dropout_threshold) {
-            stays = is_kept(kept, at);
-            z = stays ? (Acc)p.keep_scale : 0;
-          }
-#endif
-          const Gradient of = gradient<decltype(care)::value>(p, y, z * dp[m][n][e], rows[at.r],
+          const Gradient of = gradient<decltype(care)::value>(p, y, dp[m][n][e], rows[at.r],
                                                               rows[kBr + at.r], mode);
-          y = stays || mode == kTaint ? of.p : of.p * 0;
+          y = of.p;
           dp[m][n][e] = of.ds;
         });
       };
       mode == kUsual ? make_p_and_ds(Usual()) : make_p_and_ds(Careful());
+#if kOptions
+      if (asks_dropout(p) && mode != kTaint)
+        for_each(s, [&](Acc& y, int m, int n, int e) { y = kept(m, n, e) ? y : y * 0; });
+#endif
       if (kWalk) {
         __syncthreads();
         load_o(step, column0_v);
@@ -164,22 +177,18 @@ backward_kv(const __grid_constant__ Params p) {
       }
       if (mode != kUsual) sanitize<kBr, kDv>(sO, mode);
       multiply_blocks<false>(dv, s, sO + (kWalk ? 0 : column0_v), pitch_of(kDv), ones);
-#if kGeneral
-      if (p.softcap != 0 && mode != kTaint) {
-        clear(s);
-        multiply_k_q();
-        repair_scores();
-        for_each(dp, [&](Acc& ds, int m, int n, int e) { ds = ds == 0 ? 0 : ds * slope(p, s[m][n][e]); });
-      }
-#endif
       __syncthreads();
+#if kOptions
+      if (next_step.h < end_head)
+        load_added(p, next_step.needs, added, b, next_step.h, next_step.row0, key0, row_of(next_step));
+#endif
       if (kWalk) {
         load_q(sQ, step, column0);
         copies_commit();
         copies_wait<0>();
         __syncthreads();
       } else {
-        if (x + 1 < steps) load_o(after(step), 0);
+        if (next_step.h < end_head) load_o(next_step, 0);
         copies_commit();
       }
       if (mode != kUsual) sanitize<kBr, kD>(tile_q, mode);

@@ -16,15 +16,14 @@ backward_q(const __grid_constant__ Params p) {
   Tile* const sV = sO + kBr * pitch_of(kDv);
   Tile* const sK = sV + kBc * pitch_of(kDv);
   constexpr int kBuffer = kBc * pitch_of(kD);
-  Acc* const added = (Acc*)(sK + (kWalk ? 1 : 2) * kBuffer);  // these two in kGeneral only
-  u8* const kept = (u8*)(added + kBr * kAddedPitch);
+  char* const added = (char*)(sK + (kWalk ? 1 : 2) * kBuffer);  // in kGeneral only
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 
-  i64 index = blockIdx.x;
-  const int piece = kWalk ? (int)(index % p.pieces) : 0;
-  if (kWalk) index /= p.pieces;
-  const Turn turn = turn_of(index, p.tiles, p.batch * p.Hq);
-  const int b = (int)(turn.head / p.Hq), h = (int)(turn.head % p.Hq), kv_head = h / (int)p.group;
+  int index = blockIdx.x;
+  const int piece = kWalk ? index % (int)p.pieces : 0;
+  if (kWalk) index /= (int)p.pieces;
+  const Turn turn = turn_of(index, (int)p.tiles, (int)(p.batch * p.Hq));
+  const int b = turn.head / (int)p.Hq, h = turn.head % (int)p.Hq, kv_head = h / (int)p.group;
   const Entry entry = entry_of(p, b);
   const int row0 = ((int)p.tiles - 1 - turn.tile) * kBr, rows = (int)p.Lq;
   auto row_of = [&](int r) { return row0 + r < rows ? Row{row0 + r, h} : Row{kFar, 0}; };
@@ -53,6 +52,19 @@ backward_q(const __grid_constant__ Params p) {
     load_tile<kBc, kDv>(sV, p.v, of_v + j * p.v.row + at * p.v.column, entry.kv_len - j, (int)p.Dv - at);
   };
 
+  // Tiles of keys that hold no pair are no steps of the walk.
+  struct Step { int n, needs; };
+  auto seek = [&](int n) {
+#if kOptions
+    for (; n < to; n++) {
+      const int needs = needs_of(p, b, h, (int)p.tiles - 1 - turn.tile, n);
+      if (!(needs & kEmpty)) return Step{n, needs};
+    }
+#endif
+    return Step{n, 0};
+  };
+  const Step first_step = seek(from);
+
   Acc lse[kM][2], delta[kM][2];
 #pragma unroll
   for (int m = 0; m < kM; m++)
@@ -73,100 +85,95 @@ backward_q(const __grid_constant__ Params p) {
 #pragma unroll
     for (int m = 0; m < kM; m++) distances[m][0] = distances[m][1] = 0;
     __syncthreads();
-    if (!kWalk && from < to) {
+    if (!kWalk && first_step.n < to) {
       load_q(0);
       load_o(0);
-      load_k(sK, from, 0);
-      load_v(from, 0);
-      copies_commit();
+      load_k(sK, first_step.n, 0);
+      load_v(first_step.n, 0);
     }
+#if kOptions
+    if (first_step.n < to) load_added(p, first_step.needs, added, b, h, row0, first_step.n * kBc, row_of);
+#endif
+    copies_commit();
+    Step step = first_step, next_step;
 #pragma unroll 1
-    for (int n = from; n < to; n++) {
-      Tile* const tile_k = kWalk ? sK : sK + (n - from) % 2 * kBuffer;
+    for (int x = 0; step.n < to; x++, step = next_step) {
+      const int n = step.n;
+      next_step = seek(n + 1);
+      Tile* const tile_k = kWalk ? sK : sK + x % 2 * kBuffer;
       Acc s[kM][kN][4], dp[kM][kN][4];
       clear(s);
       clear(dp);
-#if kGeneral
-      fill_added(p, entry, added, kept, n * kBc, row_of);
-#endif
-      auto multiply_q_k = [&] {
-        if (kWalk)
-          walk_rows<kD>(s, warp_q, sK, (int)p.D, load_q, [&](int at) { load_k(sK, n, at); });
-        else
-          multiply_rows<kD / kStep>(s, warp_q, pitch_of(kD), tile_k, pitch_of(kD));
-      };
-      if (kWalk) {
-        __syncthreads();
-      } else {
-        copies_wait<0>();
-        __syncthreads();
-        if (n + 1 < to) load_k(sK + (n + 1 - from) % 2 * kBuffer, n + 1, 0);
+      copies_wait<0>();
+      __syncthreads();
+      if (!kWalk) {
+        if (next_step.n < to) load_k(sK + (x + 1) % 2 * kBuffer, next_step.n, 0);
         copies_commit();
       }
-      multiply_q_k();
+      auto place = [&](int m, int x, int e) {
+        return Place{(warp * kM + m) * 16 + (e >> 1) * 8 + g, x * 8 + 2 * t + (e & 1)};
+      };
+#if kOptions
+      Kept<kM, kN> kept;  // drawn while registers are free
+      if (asks_dropout(p)) kept = draw<false, kM, kN>(p, b, n * kBc, place, row_of);
+#endif
+      if (kWalk)
+        walk_rows<kD>(s, warp_q, sK, (int)p.D, load_q, [&](int at) { load_k(sK, n, at); });
+      else
+        multiply_rows<kD / kStep>(s, warp_q, pitch_of(kD), tile_k, pitch_of(kD));
       if (kWalk)
         walk_rows<kDv>(dp, warp_o, sV, (int)p.Dv, load_o, [&](int at) { load_v(n, at); });
       else
         multiply_rows<kDv / kStep>(dp, warp_o, pitch_of(kDv), sV, pitch_of(kDv));
-      auto place = [&](int m, int x, int e) {
-        return Place{(warp * kM + m) * 16 + (e >> 1) * 8 + g, x * 8 + 2 * t + (e & 1)};
-      };
       auto row_at = [&](const char* of, const Array& array, int r) {
         return row0 + r < entry.q_len ? of + (row0 + r) * array.row : nullptr;
       };
       auto key_at = [&](const char* of, const Array& array, int c) {
         return n * kBc + c < entry.kv_len ? of + (n * kBc + c) * array.row : nullptr;
       };
-      auto repair_scores = [&] {
-        if (kSplit && mode != kUsual)
-          repair(s, p.q, p.k, p.D, place, [&](Place at) { return row_at(of_q, p.q, at.r); },
-                 [&](Place at) { return key_at(of_k, p.k, at.c); });
-      };
-      repair_scores();
-      if (kSplit && mode != kUsual)
+      if (kSplit && mode != kUsual) {
+        repair(s, p.q, p.k, p.D, place, [&](Place at) { return row_at(of_q, p.q, at.r); },
+               [&](Place at) { return key_at(of_k, p.k, at.c); });
         repair(dp, p.dout, p.v, p.Dv, place, [&](Place at) { return row_at(of_o, p.dout, at.r); },
                [&](Place at) { return key_at(of_v, p.v, at.c); });
-      score(p, s, added, mode == kUsual && all_pairs(entry, row0, last, n * kBc, kBc), place,
-            [&](int m, int half) { return keys_of_row(entry, row0 + hidden(place(m, 0, 2 * half).r), n * kBc); });
+      }
+#if kOptions
+      apply_factors(p, s, dp, p.dq.data, kept, [&](int m, int, int e) { return delta[m][e >> 1]; });
+      apply_options<false>(p, entry, s, step.needs, mode, added, n * kBc, place, row_of);
+#endif
+      if (mode != kUsual || !all_pairs(entry, row0, last, n * kBc, kBc))
+        keep_within(s, [&](int m, int half) {
+          return keys_of_row(entry, row0 + hidden(place(m, 0, 2 * half).r), n * kBc);
+        });
       auto make_ds = [&](auto care) {
         for_each(s, [&](Acc& x, int m, int y, int e) {
-          Acc z = 1;
-#if kGeneral
-          if (p.dropout_threshold) z = is_kept(kept, place(m, y, e)) ? (Acc)p.keep_scale : 0;
-#endif
-          dp[m][y][e] = gradient<decltype(care)::value>(p, x, z * dp[m][y][e], lse[m][e >> 1],
-                                                        delta[m][e >> 1], mode).ds;
+          dp[m][y][e] = gradient<decltype(care)::value>(p, x, dp[m][y][e], lse[m][e >> 1], delta[m][e >> 1], mode).ds;
         });
       };
       mode == kUsual ? make_ds(Usual()) : make_ds(Careful());
-#if kGeneral
+#if kOptions
       if (p.row_sum) {
         Acc sum[kM][2] = {};
-        for_each(dp, [&](Acc& ds, int m, int y, int e) {
-          const Place at = place(m, y, e);
-          const i64 distance = row0 + at.r + entry.offset - (n * kBc + at.c);
-          sum[m][e >> 1] += ds == 0 ? 0 : ds * (Acc)(distance < 0 ? -distance : distance);
+        with_distances<false>(entry, dp, n * kBc, place, row_of, [&](Acc& ds, int m, int, int e, Acc distance) {
+          sum[m][e >> 1] += ds == 0 ? 0 : ds * distance;
         });
 #pragma unroll
         for (int m = 0; m < kM; m++)
 #pragma unroll
           for (int half = 0; half < 2; half++) distances[m][half] += sum[m][half];
       }
-      if (p.softcap != 0 && mode != kTaint) {
-        clear(s);
-        multiply_q_k();
-        repair_scores();
-        for_each(dp, [&](Acc& ds, int m, int y, int e) { ds = ds == 0 ? 0 : ds * slope(p, s[m][y][e]); });
-      }
 #endif
       __syncthreads();
+#if kOptions
+      if (next_step.n < to) load_added(p, next_step.needs, added, b, h, row0, next_step.n * kBc, row_of);
+#endif
       if (kWalk) {
         load_k(sK, n, column0);
         copies_commit();
         copies_wait<0>();
         __syncthreads();
       } else {
-        if (n + 1 < to) load_v(n + 1, 0);
+        if (next_step.n < to) load_v(next_step.n, 0);
         copies_commit();
       }
       if (mode != kUsual) sanitize<kBc, kD>(tile_k, mode);

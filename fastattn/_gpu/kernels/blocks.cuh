@@ -1,12 +1,12 @@
 // What blocks have in common: the order of their work, and their way out to memory.
 
 // The work of block `index`: tiles of a few heads at a time, so that these heads' arrays stay in cache.
-struct Turn { i64 head; int tile; };
+struct Turn { int head, tile; };
 
-DEVICE Turn turn_of(i64 index, i64 tiles, i64 heads) {
-  const i64 section = index / (4 * tiles) * 4, within = index - section * tiles;
-  const i64 width = min_of(heads - section, (i64)4);
-  return {section + within % width, (int)(within / width)};
+DEVICE Turn turn_of(int index, int tiles, int heads) {
+  const int section = index / (4 * tiles) * 4, within = index - section * tiles;
+  const int width = min_of(heads - section, 4);
+  return {section + within % width, within / width};
 }
 
 // One element of a result, where `mode` lets it be written; see forward.cu.
@@ -23,16 +23,23 @@ DEVICE void write(char* to, Acc value, i64 access, int mode) {
 // A warp writes a row of `columns` results to an array's row.
 template <class T>
 DEVICE void write_elements(const Array& array, char* to, const Acc* from, int columns, int mode) {
-  const int lane = threadIdx.x & 31;
-  if (mode == kUsual && array.access == kVectors && !(columns & 1)) {
-    for (int c = 2 * lane; c < columns; c += 64) {
-      struct alignas(2 * sizeof(T)) Two { T x[2]; } two;
-      narrow(two.x[0], from[c]);
-      narrow(two.x[1], from[c + 1]);
-      *(Two*)(to + c * (int)sizeof(T)) = two;
-    }
-  } else {
-    for (int c = lane; c < columns; c += 32) write<T>(to + c * array.column, from[c], array.access, mode);
+  for (int c = threadIdx.x & 31; c < columns; c += 32)
+    write<T>(to + c * array.column, from[c], array.access, mode);
+}
+// A warp writes its 16 staged rows in the usual case, 16 bytes at a time: row_at(r) is the address of a
+// row, or null.
+template <int kColumns, class RowAt>
+DEVICE void write_chunks(const Acc* stage, int pitch, int columns, RowAt row_at) {
+  constexpr int kChunk = 16 / sizeof(Elem), kChunks = kColumns / kChunk;
+#pragma unroll
+  for (int x = 0; x < 16 * kChunks / 32; x++) {
+    const int at = x * 32 + (threadIdx.x & 31), r = at / kChunks, c = at % kChunks * kChunk;
+    char* const to = row_at(r);
+    if (!to || c >= columns) continue;
+    struct alignas(16) Chunk { Elem x[kChunk]; } chunk;
+#pragma unroll
+    for (int i = 0; i < kChunk; i++) narrow(chunk.x[i], stage[r * pitch + c + i]);
+    *(Chunk*)(to + c * (int)sizeof(Elem)) = chunk;
   }
 }
 DEVICE void write_row(const Params& p, char* to, Acc* partial, const Acc* from, int columns, int mode) {
@@ -76,10 +83,14 @@ DEVICE void write_blocks(const Acc (&c)[M][N][4], Acc factor, char* shared, cons
       for (int e = 0; e < 4; e++)
         stage[(g + (e >> 1) * 8) * kPitch + n * 8 + 2 * t + (e & 1)] = c[m][n][e] * factor;
     __syncwarp();
+    if (mode == kUsual && array.access == kVectors) {
+      write_chunks<N * 8>(stage, kPitch, columns, [&](int r) { return row_at((warp * M + m) * 16 + r); });
+    } else {
 #pragma unroll 1
-    for (int r = 0; r < 16; r++) {
-      char* const to = row_at((warp * M + m) * 16 + r);
-      if (to) write_elements<Elem>(array, to, stage + r * kPitch, columns, mode);
+      for (int r = 0; r < 16; r++) {
+        char* const to = row_at((warp * M + m) * 16 + r);
+        if (to) write_elements<Elem>(array, to, stage + r * kPitch, columns, mode);
+      }
     }
     __syncwarp();
   }

@@ -31,20 +31,19 @@ forward(const __grid_constant__ Params p) {
   Tile* const sV = sQ + kBr * pitch_of(kD);
   Tile* const sK = sV + kBc * pitch_of(kDv);
   constexpr int kBuffer = kBc * pitch_of(kD);
-  Acc* const added = (Acc*)(sK + (kWalk ? 1 : 2) * kBuffer);  // these two in kGeneral only
-  u8* const kept = (u8*)(added + kBr * kAddedPitch);
+  char* const added = (char*)(sK + (kWalk ? 1 : 2) * kBuffer);  // in kGeneral only
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 
   // This block's work. Tiles of a few heads are in flight together, so that their keys stay in cache,
   // and the last tiles, the longest under a causal bound, go first.
-  i64 index = blockIdx.x;
-  const int split = (int)(index % p.splits);
-  index /= p.splits;
-  const int piece = kWalk ? (int)(index % p.pieces) : 0;
-  if (kWalk) index /= p.pieces;
+  int index = blockIdx.x;
+  const int split = index % (int)p.splits;
+  index /= (int)p.splits;
+  const int piece = kWalk ? index % (int)p.pieces : 0;
+  if (kWalk) index /= (int)p.pieces;
   const int heads = (int)(p.packed ? p.Hkv : p.Hq), group = (int)(p.packed ? p.group : 1);
-  const Turn turn = turn_of(index, p.tiles, heads * p.batch);
-  const int b = (int)(turn.head / heads), h = (int)(turn.head % heads);
+  const Turn turn = turn_of(index, (int)p.tiles, heads * (int)p.batch);
+  const int b = turn.head / heads, h = turn.head % heads;
   const int kv_head = p.packed ? h : h / (int)p.group;
   const Entry entry = entry_of(p, b);
   const int row0 = ((int)p.tiles - 1 - turn.tile) * kBr, rows = (int)p.Lq * group;
@@ -68,6 +67,9 @@ forward(const __grid_constant__ Params p) {
   const char* const of_k = p.k.at(b, kv_head);
   const char* const of_v = p.v.at(b, kv_head) + (i64)column0 * p.v.column;
   auto load_q = [&](int at) {
+    if (group == 1)
+      return load_tile<kBr, kD>(sQ, p.q, of_q + h * p.q.head + row0 * p.q.row + at * p.q.column,
+                                rows - row0, (int)p.D - at);
     load_rows<kBr, kD>(sQ, p.q, (int)p.D - at, [&](int r) -> const char* {
       const Row row = row_of(r);
       return row.i == kFar ? nullptr : of_q + row.h * p.q.head + row.i * p.q.row + at * p.q.column;
@@ -84,8 +86,21 @@ forward(const __grid_constant__ Params p) {
     copies_commit();
   };
 
-  const Acc unit = (Acc)(kGeneral ? 1.0 : p.scale);  // scores -> natural units
-  const Acc log2_unit = (Acc)((kGeneral ? 1.0 : p.scale) * kLog2e);
+  // A step of the walk: a tile of keys, and what it asks for. Tiles that hold no pair are no steps.
+  struct Step { int n, needs; };
+  auto seek = [&](int n) {
+#if kOptions
+    for (; n < to; n++) {
+      const int needs = needs_of(p, b, h, (int)p.tiles - 1 - turn.tile, n);
+      if (!(needs & kEmpty)) return Step{n, needs};
+    }
+#endif
+    return Step{n, 0};
+  };
+  const Step first_step = seek(from);
+
+  const double natural = in_natural_units(p) ? 1.0 : p.scale;  // scores -> natural units
+  const Acc unit = (Acc)natural, log2_unit = (Acc)(natural * kLog2e);
   const Acc none = -infinity(Acc());
 
   for (int mode = kUsual, next;; mode = next) {
@@ -97,33 +112,41 @@ forward(const __grid_constant__ Params p) {
       row_sum[m][0] = row_sum[m][1] = 0;
     }
     __syncthreads();
-    if (!kWalk && from < to) {
+    if (!kWalk && first_step.n < to) {
       load_q(0);
-      load_k(sK, from, 0);
+      load_k(sK, first_step.n, 0);
     }
+#if kOptions
+    if (first_step.n < to) load_added(p, first_step.needs, added, b, h, row0, first_step.n * kBc, row_of);
+    copies_commit();
+#endif
+    Step step = first_step, next_step;
 #pragma unroll 1
-    for (int n = from; n < to; n++) {
+    for (int x = 0; step.n < to; x++, step = next_step) {
+      const int n = step.n;
+      next_step = seek(n + 1);
       Acc s[kM][kN][4], scale[kM][2];
       clear(s);
-#if kGeneral
-      fill_added(p, entry, added, kept, n * kBc, row_of);
-#endif
+      auto place = [&](int m, int x, int e) {
+        return Place{(warp * kM + m) * 16 + (e >> 1) * 8 + g, x * 8 + 2 * t + (e & 1)};
+      };
       const Tile* const warp_q = sQ + warp * kM * 16 * pitch_of(kD);
       if (kWalk) {
         walk_rows<kD>(s, warp_q, sK, (int)p.D, load_q, [&](int at) { load_k(sK, n, at); });
+        copies_wait<0>();
         __syncthreads();
         load_v(n);
       } else {
         copies_wait<0>();
         __syncthreads();
         load_v(n);
-        if (n + 1 < to) load_k(sK + (n + 1 - from) % 2 * kBuffer, n + 1, 0);
+        if (next_step.n < to) load_k(sK + (x + 1) % 2 * kBuffer, next_step.n, 0);
         else copies_commit();
-        multiply_rows<kD / kStep, kScoreParts>(s, warp_q, pitch_of(kD), sK + (n - from) % 2 * kBuffer, pitch_of(kD));
       }
-      auto place = [&](int m, int x, int e) {
-        return Place{(warp * kM + m) * 16 + (e >> 1) * 8 + g, x * 8 + 2 * t + (e & 1)};
-      };
+      Kept<kM, kN> kept;  // drawn while registers are free
+      if (asks_dropout(p)) kept = draw<false, kM, kN>(p, b, n * kBc, place, row_of);
+      if (!kWalk)
+        multiply_rows<kD / kStep, kScoreParts>(s, warp_q, pitch_of(kD), sK + x % 2 * kBuffer, pitch_of(kD));
       if (kSplit && mode != kUsual)
         repair(s, p.q, p.k, p.D, place,
                [&](Place at) -> const char* {
@@ -145,7 +168,11 @@ forward(const __grid_constant__ Params p) {
           for (int half = 0; half < 2; half++)
             limits[m][half] = keys_of_row(again, row_of(hidden((warp * kM + m) * 16 + half * 8 + g)).i, n * kBc);
       }
-      score(p, s, added, whole, place, [&](int m, int half) { return limits[m][half]; });
+#if kOptions
+      if (asks_softcap(p)) cap(p, s, [](int, int, int, Acc) {});
+      apply_options<false>(p, entry, s, step.needs, mode, added, n * kBc, place, row_of);
+#endif
+      if (!whole) keep_within(s, [&](int m, int half) { return limits[m][half]; });
 
       // The usual path is one straight line, so that the rows' chains of operations overlap.
       Acc safe[kM][2], sum[kM][2];
@@ -171,8 +198,10 @@ forward(const __grid_constant__ Params p) {
         }
       if (mode < kScaled) {
         for_each(s, [&](Acc& x, int m, int, int e) {
-          const Acc most = safe[m][e >> 1];  // in kGeneral a product with log2(e) may overflow
-          x = exp2_of(kGeneral ? (x - most) * log2_unit : fma_of(x, log2_unit, -(most * log2_unit)));
+          const Acc most = safe[m][e >> 1];
+          // So far out, where a product with log2(e) may overflow, x is `most` or makes 0.
+          const Acc factor = in_natural_units(p) && abs_of(most) > (Acc)1e36 ? unit : log2_unit;
+          x = exp2_of(fma_of(x, factor, -(most * factor)));
           sum[m][e >> 1] += x;
         });
       } else {
@@ -187,14 +216,16 @@ forward(const __grid_constant__ Params p) {
 #pragma unroll
         for (int half = 0; half < 2; half++)
           row_sum[m][half] = fma_of(row_sum[m][half], scale[m][half], sum[m][half]);
-#if kGeneral
-      if (p.dropout_threshold && mode != kTaint)
-        for_each(s, [&](Acc& x, int m, int y, int e) {
-          x = is_kept(kept, place(m, y, e)) ? x : x * 0;  // NaN stays
-        });
+#if kOptions
+      if (asks_dropout(p) && mode != kTaint)
+        for_each(s, [&](Acc& x, int m, int y, int e) { x = kept(m, y, e) ? x : x * 0; });  // NaN stays
 #endif
       copies_wait<kWalk ? 0 : 1>();
       __syncthreads();
+#if kOptions
+      if (next_step.n < to) load_added(p, next_step.needs, added, b, h, row0, next_step.n * kBc, row_of);
+      copies_commit();
+#endif
       if (mode != kUsual) sanitize<kBc, kDv>(sV, mode);
       multiply_blocks<true>(o, s, sV, pitch_of(kDv), scale);
       if (kWalk) __syncthreads();
@@ -245,8 +276,15 @@ forward(const __grid_constant__ Params p) {
 #pragma unroll
         for (int e = 0; e < 4; e++) stage[(g + (e >> 1) * 8) * kStage + x * 8 + 2 * t + (e & 1)] = o[m][x][e];
       __syncwarp();
+      const bool usual = mode == kUsual && p.splits == 1 && p.out.access == kVectors &&
+                         (sizeof(Elem) != 2 || p.out_kind != kF32);
+      if (usual)
+        write_chunks<kDv>(stage, kStage, columns, [&](int r) -> char* {
+          const Row row = row_of((warp * kM + m) * 16 + r);
+          return row.i == kFar ? nullptr : p.out.at(b, row.h) + row.i * p.out.row + column0 * p.out.column;
+        });
 #pragma unroll 1
-      for (int r = 0; r < 16; r++) {
+      for (int r = usual ? 16 : 0; r < 16; r++) {
         const Row row = row_of((warp * kM + m) * 16 + r);
         const i64 flat = ((b * p.Hq + row.h) * p.Lq + row.i) * p.splits + split;
         char* const to = p.out.at(b, row.h) + row.i * p.out.row + column0 * p.out.column;

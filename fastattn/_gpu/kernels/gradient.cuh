@@ -7,9 +7,10 @@ constexpr int kRowPad = 128;
 DEVICE i64 padded(i64 length) { return (length + kRowPad - 1) / kRowPad * kRowPad; }
 DEVICE i64 row_start(const Params& p, int b, int h) { return (b * p.Hq + h) * padded(p.Lq); }
 
-// P and dS of a pair, from a score as `score` leaves it, z dP and the row's numbers. kCareful asks
-// whether the pair takes part at all; the usual pass need not: P is 0 where it does not, and a product
-// with 0 that is not 0 makes the block be done again.
+// P and dS of a pair, from its score, z dP and the row's numbers. In kGeneral z_dp has had delta taken
+// away, and softcap's slope multiplied. kCareful asks whether the pair takes part at all; the usual
+// pass need not: P is 0 where it does not, and a product with 0 that is not 0 makes the block be done
+// again.
 struct Gradient { Acc p, ds; };
 
 template <bool kCareful>
@@ -18,23 +19,26 @@ DEVICE Gradient gradient(const Params& p, Acc s, Acc z_dp, Acc lse, Acc delta, i
   if (kCareful && mode == kTaint) return {1, 1};
   Acc probable;
   if (kGeneral || sizeof(Tile) > 2) {  // lse log2(e), rounded, would be felt
-    const Acc exponent = kGeneral ? s - lse : fma_of(s, (Acc)p.scale, -lse);
-    probable = exp_of(exponent);
+    probable = exp_of(fma_of(s, (Acc)(in_natural_units(p) ? 1.0 : p.scale), -lse));
   } else {
     probable = exp2_of(fma_of(s, (Acc)(p.scale * kLog2e), -lse * (Acc)kLog2e));
   }
-  return {probable, probable * (z_dp - delta)};
+  return {probable, probable * (kGeneral ? z_dp : z_dp - delta)};
 }
 struct Careful { static constexpr bool value = true; };
 struct Usual { static constexpr bool value = false; };
 
-#if kGeneral
-// d capped / d product, without scale.
-DEVICE Acc slope(const Params& p, Acc product) {
-  const Acc y = tanh_of(product * (Acc)p.scale / (Acc)p.softcap);
-  return 1 - y * y;
+// What comes ahead of apply_options in the backward: products q . k are capped, and dP becomes
+// (z dP - delta) d capped / d product, the latter where `slopes` asks for it, without `scale`.
+template <int M, int N, class KeptOf, class DeltaOf>
+DEVICE void apply_factors(const Params& p, Acc (&s)[M][N][4], Acc (&dp)[M][N][4], bool slopes,
+                          const KeptOf& kept, DeltaOf delta) {
+  if (asks_dropout(p))
+    for_each(dp, [&](Acc& x, int m, int n, int e) { x *= kept(m, n, e) ? (Acc)p.keep_scale : 0; });
+  for_each(dp, [&](Acc& x, int m, int n, int e) { x -= delta(m, n, e); });
+  if (asks_softcap(p))
+    cap(p, s, [&](int m, int n, int e, Acc slope) { dp[m][n][e] *= slopes ? slope : 1; });
 }
-#endif
 
 // The batch entry that stands for entry `x` of dbias, which may lack some of the leading axes.
 DEVICE int batch_of(const Params& p, i64 x) { return (int)(p.own_batches ? p.own_batches[x] : x); }

@@ -66,7 +66,7 @@ struct Part {
 // -inf where a bound excludes a pair: thread key j and the rows from i on.
 DEVICE void exclude(const Params& p, int b, float (&s)[1][kN][4], int j, int i) {
   const Entry entry = entry_of(p, hidden(b));
-  score(p, s, nullptr, false, 0, [&](int, int half) { return rows_of_key(entry, hidden(j) + 8 * half, i); });
+  keep_within(s, [&](int, int half) { return rows_of_key(entry, hidden(j) + 8 * half, i); });
 }
 
 // Numbers of the two rows that a thread's columns 2 n and 2 n + 1 stand for; `rows` are its part's.

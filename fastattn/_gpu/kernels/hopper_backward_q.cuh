@@ -35,7 +35,7 @@ DEVICE Work work_of(const Params& p, i64 index) {
 // -inf where a bound excludes a pair: thread row i and the keys from j on.
 DEVICE void exclude(const Params& p, int b, float (&s)[1][kN][4], int i, int j) {
   const Entry entry = entry_of(p, hidden(b));
-  score(p, s, nullptr, false, 0, [&](int, int half) { return keys_of_row(entry, hidden(i) + 8 * half, j); });
+  keep_within(s, [&](int, int half) { return keys_of_row(entry, hidden(i) + 8 * half, j); });
 }
 
 // A thread's two rows.

@@ -58,7 +58,7 @@ struct Scores {
   // -inf where a bound excludes a pair: thread row i and the keys from j on.
   DEVICE void exclude(const Params& p, int b, int i, int j) {
     const Entry entry = entry_of(p, hidden(b));
-    score(p, s, nullptr, false, 0, [&](int, int half) { return keys_of_row(entry, hidden(i) + 8 * half, j); });
+    keep_within(s, [&](int, int half) { return keys_of_row(entry, hidden(i) + 8 * half, j); });
   }
 };
 
