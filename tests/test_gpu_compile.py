@@ -206,7 +206,7 @@ def test_slow_architectures_choose_all_there_is():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SLOW_ARCHS)
 def test_every_configuration_compiles(nvrtc, arch):
-    """Of a text that an earlier architecture compiles too, only what has to be fast is repeated; and
+    """Of a text that an earlier architecture compiles too, only what has to be fast is repeated;
     kernels of single options, which differ in what they leave out, are compiled for two head sizes.
     """
     earlier = {
@@ -221,7 +221,10 @@ def test_every_configuration_compiles(nvrtc, arch):
         if c.fast
         or (
             c not in earlier
-            and (c.options not in config.OPTIONS or (c.dtype, c.D) in (("bfloat16", 64), ("float16", 128)))
+            and (
+                c.options not in config.OPTIONS
+                or (c.dtype, c.D) in (("bfloat16", 64), ("float16", 128))
+            )
         )
     ]
     compile_all(nvrtc, jobs)

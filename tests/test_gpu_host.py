@@ -539,7 +539,8 @@ def test_options_go_by_their_names(driver):
     assert options(**given) == dict(
         **sizes, window_left=10, window_right=11, causal_offset=0, causal_offsets=13,
         **{name: given[name].data.ptr for name in addresses}, attn_mask_kind=4, bias_kind=1,
-        natural=1, cap_scale=0.5 / 9.0, seed=0, seed_at=18, dropout_threshold=3 << 30, keep_scale=4.0,
+        natural=1, cap_scale=0.5 / 9.0, seed=0, seed_at=18, dropout_threshold=3 << 30,
+        keep_scale=4.0,
     )  # fmt: skip
     host = given | dict(causal_offset=-19, seed=20, window_left=0, window_right=0)
     expected = dict(causal_offset=-19, causal_offsets=0, seed=20, seed_at=0)
@@ -726,7 +727,9 @@ def test_other_masks_are_left_to_all(driver, call):
         (dict(bias=scores(np.float16), attn_mask=scores(np.bool_)), 2, True),
         (dict(bias=scores(np.float32), attn_mask=scores(np.bool_, 70)), 4, False),
     ):
-        chosen, added = masked(call, {}, **{k: a[..., :64].view(Standin) for k, a in arrays.items()})
+        chosen, added = masked(
+            call, {}, **{k: a[..., :64].view(Standin) for k, a in arrays.items()}
+        )
         assert chosen == "all"
         assert (added["numbers_size"], bool(added["numbers_copied"])) == (size, copied)
         assert added.get("bools", 0) == (len(arrays) == 2 and copied)

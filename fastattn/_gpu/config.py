@@ -86,7 +86,7 @@ class Config(NamedTuple):
         return bool_rows * (self.Bc + 16) + number_rows * (self.Bc + 8) * size
 
     def shared_bytes_with(self, added: int) -> int:
-        """Shared memory of a block: its buffers and `added` bytes, or the results on their way out."""
+        """Shared memory of a block: its buffers and `added` bytes, or results on their way out."""
         if self.kernel in SMALL_KERNELS:
             return 0
         if self.kernel in HOPPER_KERNELS:
@@ -116,7 +116,9 @@ class Config(NamedTuple):
     def most_shared_bytes(self) -> int:
         """Shared memory of a block with the widest tiles of a mask and bias that it may meet."""
         bools, numbers = (self.Br * (self.options in (n, "all")) for n in ("bools", "numbers"))
-        size = DTYPES[self.dtype] if self.options == "numbers" else 8 if self.dtype == "float64" else 4
+        size = (
+            DTYPES[self.dtype] if self.options == "numbers" else 8 if self.dtype == "float64" else 4
+        )
         return self.shared_bytes_with(self.added_bytes(bools, numbers, size))
 
     @property
@@ -154,8 +156,8 @@ def head_tile(size: int) -> int:
 
 # Options that are read element by element, of which a kernel is compiled with none, one or all. A
 # mask or bias is "bools" or "numbers", in the latter case of the dtype of q; what else there is of
-# them is left to "all", and so is more than one. Kernels for a single one exist where plain ones are
-# fastest: with matrix instructions of 16 bits and whole tiles of rows.
+# them is left to "all", and so is more than one. Kernels for a single one exist where plain ones
+# are fastest: with matrix instructions of 16 bits and whole tiles of rows.
 OPTIONS = ("softcap", "alibi", "dropout", "bools", "numbers", "segments")
 
 # Kernels of rows and numbers, which have no tiles.

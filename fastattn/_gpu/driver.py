@@ -280,7 +280,9 @@ class _Call:
     def config(self, kernel: str, rows: int = 0) -> Config:
         p, device = self.problem, self.device
         rows = 16 if rows <= 16 else 64 if rows <= 64 else 128
-        return choose(kernel, device.arch, device.family, p.dtype, self.elementwise, p.D, p.Dv, rows)
+        return choose(
+            kernel, device.arch, device.family, p.dtype, self.elementwise, p.D, p.Dv, rows
+        )
 
     def launch(
         self, config: Config, blocks: int, arrays: dict[str, Any], scalars: dict[str, Any],
