@@ -143,8 +143,10 @@ forward(const __grid_constant__ Params p) {
         if (next_step.n < to) load_k(sK + (x + 1) % 2 * kBuffer, next_step.n, 0);
         else copies_commit();
       }
+#if kOptions
       Kept<kM, kN> kept;  // drawn while registers are free
       if (asks_dropout(p)) kept = draw<false, kM, kN>(p, b, n * kBc, place, row_of);
+#endif
       if (!kWalk)
         multiply_rows<kD / kStep, kScoreParts>(s, warp_q, pitch_of(kD), sK + x % 2 * kBuffer, pitch_of(kD));
       if (kSplit && mode != kUsual)
