@@ -45,6 +45,7 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         const void *slope
         const void *centre
         void *gain
+        void *tile_max
     ctypedef struct fa_softmax_state:
         void *row_max
         void *row_sum
@@ -98,7 +99,7 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         void (*pack_lanes)(void *, int, const fa_rows *, int) noexcept nogil
         void (*pack_left)(void *, ptrdiff_t, const fa_rows *) noexcept nogil
         void (*pack_right)(void *, ptrdiff_t, const fa_rows *) noexcept nogil
-        void (*load_lanes)(void *, int, const fa_rows *) noexcept nogil
+        int (*load_lanes)(void *, int, const fa_rows *) noexcept nogil
         void (*store_row)(char *, ptrdiff_t, int, const void *, int, double) noexcept nogil
         double (*dot)(const char *, ptrdiff_t, int, const char *, ptrdiff_t, int, int) noexcept nogil
         void (*scores)(void *, int, const void *, ptrdiff_t, const void *, int, int, void *) noexcept nogil

@@ -157,8 +157,8 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
                           ws.tile_max)
             if job.adjusted:
                 adjust_tile(job, ws, p, low, n, NULL)
-            if job.adjusted or state == PARTIAL:
-                kr.exclude(ws.s, job.panel, n, ws.keep if state == PARTIAL else NULL, ws.tile_max)
+            if state == PARTIAL:
+                kr.exclude(ws.s, job.panel, n, ws.keep, ws.tile_max)
             drop = draw_dropout(job, ws, p, low, n)
             if care != USUAL:
                 for j in range(n):  # excluded scores are -inf by now

@@ -564,8 +564,8 @@ cdef int tile_mask(const Job *job, Workspace *ws, int p, int64_t j0, int n, uint
         add = &job.bias if a else &job.attn_mask
         if add.dtype < FA_BOOL:
             mask = block_rows(job, ws, add, r0, rows, j0, n, True)
-            kr.load_lanes(ws.add[a], job.panel, &mask)
-            kr.keep_above_neg_inf(keep, ws.add[a], job.panel, n)
+            if kr.load_lanes(ws.add[a], job.panel, &mask):
+                kr.keep_above_neg_inf(keep, ws.add[a], job.panel, n)
 
     for j in range(n):
         any_kept |= keep[j] & valid
@@ -585,6 +585,7 @@ cdef void adjust_tile(const Job *job, Workspace *ws, int p, int64_t j0, int n, v
         how.slope = ws.slope
         how.centre = ws.centre
     how.gain = gain
+    how.tile_max = ws.tile_max
     job.kernels.adjust(ws.s, job.panel, n, &how)
 
 cdef void set_distances(const Job *job, Workspace *ws, int p, int64_t j0) noexcept nogil:

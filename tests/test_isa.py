@@ -8,6 +8,7 @@ import pytest
 from helpers import (
     DTYPES,
     RUNNABLE_ISAS,
+    assert_same_bits,
     assert_targets_agree,
     bits,
     cpu_kernels,
@@ -193,3 +194,17 @@ def test_the_short_way_of_the_backward_leaves_no_trace(isa, dtype, overflow, rng
     for name, x in results.items():
         assert bits(x[finite[name]]) == bits(expected[name][finite[name]]), name
         assert not np.isfinite(expected[name].astype("d"))[~finite[name]].any(), name
+
+
+@cpu_kernels
+@pytest.mark.parametrize("Lk", [1, 7, 31, 33, 150])
+def test_any_byte_but_zero_in_a_mask_is_true(isa, dtype, Lk, rng):
+    """In whatever strides, and where a row ends in the midst of a word of 32 keys or 8 bytes."""
+    keep = rng.random((2, 43, Lk)) < 0.7
+    case = make_case(rng, dtype, Lq=43, Lk=Lk, D=5, attn_mask=keep)
+    expected = case.check()
+    truth = rng.choice(np.array([1, 2, 128, 255], np.uint8), keep.shape)
+    spread = np.zeros((2, 43, 3 * Lk), np.uint8)
+    spread[..., ::3] = truth * keep
+    for mask in (truth * keep, spread[..., ::3], (truth * keep)[..., ::-1].copy()[..., ::-1]):
+        assert_same_bits(case.with_(attn_mask=mask.view(bool)).run(), expected)

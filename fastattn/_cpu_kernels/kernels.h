@@ -46,6 +46,7 @@ typedef struct {
     const void *slope;      // lanes: ALiBi slope of each row, or NULL
     const void *centre;     // lanes: i + offset - first key of the tile
     void *gain;             // [key][panel] out: d(softcap)/ds = 1 - tanh^2, or NULL
+    void *tile_max;         // lanes, out: the largest score
 } fa_adjust;
 
 // The online softmax of a panel. All are lanes.
@@ -116,8 +117,8 @@ typedef struct {
     void (*pack_left)(void *dst, ptrdiff_t ld, const fa_rows *src);
     // [rows / pair][ld] units, columns padded with zeros to ld, rows to whole units.
     void (*pack_right)(void *dst, ptrdiff_t ld, const fa_rows *src);
-    // [cols][panel] reals, transposed.
-    void (*load_lanes)(void *dst, int panel, const fa_rows *src);
+    // [cols][panel] reals, transposed; returns whether one is -inf. The next `cols` are fetched.
+    int (*load_lanes)(void *dst, int panel, const fa_rows *src);
     // dst[i] = src[i] * factor, rounded once to dtype; an exact zero is +0.
     void (*store_row)(char *dst, ptrdiff_t stride, int dtype, const void *src, int n, double factor);
     // a . b, of two rows.
@@ -131,7 +132,7 @@ typedef struct {
     void (*few_scores)(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, ptrdiff_t ldq,
                        int rows, int keys, int depth, int negate, void *tile_max);
     void (*adjust)(void *s, int panel, int keys, const fa_adjust *how);
-    // Excluded scores become -inf; tile_max is taken again.
+    // Excluded scores, of which keep tells, become -inf; tile_max is taken again.
     void (*exclude)(void *s, int panel, int keys, const uint32_t *keep, void *tile_max);
     // s -> p = exp(scale (s - row_max)), times z under dropout; returns whether a row_max moved.
     int (*softmax)(void *p, void *s, int panel, int keys, double scale, const fa_softmax_state *st,

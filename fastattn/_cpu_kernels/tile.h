@@ -19,7 +19,7 @@
 #include "vec.h"
 
 // Query rows and keys of a tile. Anything from 96 to 384 is within 3 % on Zen 5, as long as the
-// tiles stay in the second level of the cache; the backward has five tiles, not three.
+// tiles stay in the second level of the cache.
 #ifndef FA_BR
 #define FA_BR 128
 #define FA_BC 128
@@ -90,11 +90,13 @@ static int row_finite(const void *x_, int n) {
 }
 
 // Transposes words of a real's size: dst[col][panel] from rows that hold them side by side.
-// `words` copies n words of a row from column `col` on, zeros where the row has no more.
+// `words` copies n words of a row from column `col` on, zeros where the row has no more. Where rows
+// are read in place, what lies `ahead` columns further is fetched. Returns the lowest words.
 typedef void words_fn(real *dst, const fa_rows *src, int row, int col, int n);
 
-INLINE void transpose_rows(real *dst, int panel, const fa_rows *src, int cols, int in_place,
-                           words_fn *words, ureal flip) {
+INLINE vr transpose_rows(real *dst, int panel, const fa_rows *src, int cols, int in_place,
+                         words_fn *words, ureal flip, int ahead) {
+    vr lowest = {};
     for (int r0 = 0; r0 < panel; r0 += V_LANES)
         for (int c0 = 0; c0 < cols; c0 += V_LANES) {
             int width = cols - c0 < V_LANES ? cols - c0 : V_LANES;
@@ -104,25 +106,29 @@ INLINE void transpose_rows(real *dst, int panel, const fa_rows *src, int cols, i
                     block[r] = (vr){};
                 } else if (in_place && width == V_LANES) {
                     block[r] = v_loadu((const real *)src->row[r0 + r] + c0);
+                    if (ahead) __builtin_prefetch((const real *)src->row[r0 + r] + c0 + ahead);
                 } else {
                     real part[V_LANES] __attribute__((aligned(V_BYTES))) = {0};
                     words(part, src, r0 + r, c0, width);
                     block[r] = v_load(part);
                 }
+                lowest = v_min(block[r], lowest);
             }
             v_transpose(block);
             for (int c = 0; c < width; c++)
                 v_store(dst + (ptrdiff_t)(c0 + c) * panel + r0, (vr)((vu)block[c] ^ flip));
         }
+    return lowest;
 }
 
 static void real_words(real *dst, const fa_rows *src, int row, int col, int n) {
     load_row(dst, src->row[row] + col * src->stride, src->stride, n, src->dtype);
 }
 
-static void load_lanes(void *dst, int panel, const fa_rows *src) {
+static int load_lanes(void *dst, int panel, const fa_rows *src) {
     int native = src->dtype == (sizeof(real) == 8 ? FA_F64 : FA_F32) && src->stride == sizeof(real);
-    transpose_rows(dst, panel, src, src->cols, native, real_words, 0);
+    vr lowest = transpose_rows(dst, panel, src, src->cols, native, real_words, 0, src->cols);
+    return v_bits(lowest == v_set1(-INFINITY)) != 0;
 }
 
 #ifdef FA_BF16_PAIRS
@@ -140,7 +146,8 @@ static void pair_words(real *dst, const fa_rows *src, int row, int col, int n) {
 }
 static void pack_lanes(void *dst, int panel, const fa_rows *src, int negate) {
     int in_place = src->stride == 2 && src->cols % 2 == 0;
-    transpose_rows(dst, panel, src, (src->cols + 1) / 2, in_place, pair_words, negate ? 0x80008000u : 0);
+    transpose_rows(dst, panel, src, (src->cols + 1) / 2, in_place, pair_words,
+                   negate ? 0x80008000u : 0, 0);
 }
 static void pack_left(void *dst_, ptrdiff_t ld, const fa_rows *src) {
     uint16_t *dst = dst_;
@@ -187,7 +194,7 @@ static int right_finite(const void *b_, ptrdiff_t ld, int rows, int cols) {
 static void pack_lanes(void *dst, int panel, const fa_rows *src, int negate) {
     int native = src->dtype == (sizeof(real) == 8 ? FA_F64 : FA_F32) && src->stride == sizeof(real);
     transpose_rows(dst, panel, src, src->cols, native, real_words,
-                   negate ? (ureal)1 << (8 * sizeof(real) - 1) : 0);
+                   negate ? (ureal)1 << (8 * sizeof(real) - 1) : 0, 0);
 }
 static void pack_right(void *dst_, ptrdiff_t ld, const fa_rows *src) {
     real *dst = dst_;
@@ -509,24 +516,32 @@ static void accumulate_selected(const fa_product *x, const fa_selection *which) 
 
 static void adjust(void *s_, int panel, int keys, const fa_adjust *how) {
     real *s = s_, *gain = how->gain;
-    const real *add0 = how->add[0], *add1 = how->add[1];
-    const real *slope = how->slope, *centre = how->centre;
+    const real *add0 = how->add[0], *add1 = how->add[1], *slopes = how->slope;
+    const int capped = how->softcap != 0;
     vr scale = v_set1((real)how->scale), cap = v_set1((real)how->softcap);
     vr per_cap = v_set1((real)(1 / how->softcap));
-    for (int key = 0; key < keys; key++)
-        for (int lane = 0; lane < panel; lane += V_LANES) {
+    for (int lane = 0; lane < panel; lane += V_LANES) {
+        vr slope = {}, centre = {}, top = v_set1(-INFINITY);
+        if (slopes) {
+            slope = v_load(slopes + lane);
+            centre = v_load((const real *)how->centre + lane);
+        }
+        for (int key = 0; key < keys; key++) {
             ptrdiff_t at = (ptrdiff_t)key * panel + lane;
             vr x = v_load(s + at) * scale;
-            if (how->softcap != 0) {
+            if (capped) {
                 vr t = v_tanh(x * per_cap);
                 x = cap * t;
                 if (gain) v_store(gain + at, v_set1(1) - t * t);
             }
             if (add0) x += v_load(add0 + at);
             if (add1) x += v_load(add1 + at);
-            if (slope) x = v_fma(-v_load(slope + lane), v_abs(v_load(centre + lane) - v_set1((real)key)), x);
+            if (slopes) x = v_fma(-slope, v_abs(centre - v_set1((real)key)), x);
             v_store(s + at, x);
+            top = v_max(top, x);
         }
+        v_store((real *)how->tile_max + lane, top);
+    }
 }
 
 static void exclude(void *s_, int panel, int keys, const uint32_t *keep, void *tile_max) {
@@ -535,11 +550,8 @@ static void exclude(void *s_, int panel, int keys, const uint32_t *keep, void *t
         vr top = v_set1(-INFINITY);
         for (int key = 0; key < keys; key++) {
             real *at = s + (ptrdiff_t)key * panel + lane;
-            vr x = v_load(at);
-            if (keep) {
-                x = v_select(v_mask(keep[key] >> lane), x, v_set1(-INFINITY));
-                v_store(at, x);
-            }
+            vr x = v_select(v_mask(keep[key] >> lane), v_load(at), v_set1(-INFINITY));
+            v_store(at, x);
             top = v_max(top, x);
         }
         v_store((real *)tile_max + lane, top);
@@ -792,20 +804,100 @@ static void keep_above_neg_inf(uint32_t *keep, const void *tile_, int panel, int
             keep[key] &= ~(v_bits(v_load(tile + (ptrdiff_t)key * panel + lane) == v_set1(-INFINITY)) << lane);
 }
 
+// Bit j: whether byte j of n <= 32 is not 0.
+INLINE uint32_t true_bits(const char *m, ptrdiff_t stride, int n) {
+    uint32_t bits = 0;
+#ifdef __AVX512BW__
+    if (stride == 1) {
+        __m256i x = _mm256_maskz_loadu_epi8(n < 32 ? (1u << n) - 1 : ~0u, m);
+        return _mm256_test_epi8_mask(x, x);
+    }
+#endif
+    int j = 0;
+    if (stride == 1 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__)
+        for (; j + 8 <= n; j += 8) {
+            uint64_t x;
+            memcpy(&x, m + j, 8);
+            x |= x >> 4 & 0x0f0f0f0f0f0f0f0fu;  // each byte to its lowest bit
+            x |= x >> 2 & 0x0303030303030303u;
+            x |= x >> 1;
+            bits |= (uint32_t)((x & 0x0101010101010101u) * 0x0102040810204080u >> 56) << j;
+        }
+    for (; j < n; j++) bits |= (uint32_t)(m[j * stride] != 0) << j;
+    return bits;
+}
+
+// Swaps rows and columns of 32 words of 32 bits: the halves, then the quarters, ...
+static void transpose_bits(uint32_t *x) {
+    uint32_t low = 0xffff;
+    for (int half = 16; half > 0; half /= 2, low ^= low << half)
+        for (int base = 0; base < 32; base += 2 * half)
+            for (int i = base; i < base + half; i++) {
+                uint32_t t = (x[i] >> half ^ x[i + half]) & low;
+                x[i + half] ^= t;
+                x[i] ^= t << half;
+            }
+}
+
 static void keep_true(uint32_t *keep, const fa_rows *mask) {
     int shared = 1;  // a mask of keys alone: every row is the same row
     for (int r = 1; r < mask->rows; r++) shared &= mask->row[r] == mask->row[0];
-    for (int r = 0; r < (shared ? 1 : mask->rows); r++) {
-        const char *m = mask->row[r];
-        uint32_t bit = shared ? ~0u : 1u << r;
-        if (mask->stride == 1)
-            for (int j = 0; j < mask->cols; j++) keep[j] &= m[j] ? ~0u : ~bit;
-        else
-            for (int j = 0; j < mask->cols; j++) keep[j] &= m[j * mask->stride] ? ~0u : ~bit;
+    for (int j = 0; j < mask->cols; j += 32) {
+        uint32_t x[32] = {0};
+        int n = mask->cols - j < 32 ? mask->cols - j : 32;
+        if (shared) {
+            uint32_t bits = true_bits(mask->row[0] + j * mask->stride, mask->stride, n);
+            for (int i = 0; i < n; i++) keep[j + i] &= -(bits >> i & 1);
+        } else {
+            for (int r = 0; r < mask->rows; r++)
+                x[r] = true_bits(mask->row[r] + j * mask->stride, mask->stride, n);
+            transpose_bits(x);
+            for (int i = 0; i < n; i++) keep[j + i] &= x[i];
+        }
     }
 }
 
 // Philox4x32-7 (Salmon et al., SC 2011), one counter a lane: (key // 4, row, head, batch).
+#define PHILOX_0 0xD2511F53u
+#define PHILOX_1 0xCD9E8D57u
+#define PHILOX_KEY_0 0x9E3779B9u
+#define PHILOX_KEY_1 0xBB67AE85u
+#ifdef __AVX512F__
+// Low and high words of factor times each word.
+INLINE __m512i wide_product(__m512i x, uint32_t factor, __m512i *high) {
+    __m512i f = _mm512_set1_epi64(factor);
+    __m512i even = _mm512_mul_epu32(x, f), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), f);
+    *high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+    return _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+}
+static void dropout(uint32_t *bits, int panel, int keys, int64_t key0, const uint32_t *row,
+                    const uint32_t *head, uint32_t batch, uint64_t seed, uint64_t threshold) {
+    memset(bits, 0, (size_t)keys * sizeof *bits);
+    if (threshold > UINT32_MAX) return;
+    for (int lane = 0; lane < panel; lane += 16) {
+        __mmask16 lanes = panel - lane < 16 ? (1u << (panel - lane)) - 1 : 0xffff;
+        __m512i rows = _mm512_maskz_loadu_epi32(lanes, row + lane);
+        __m512i heads = _mm512_maskz_loadu_epi32(lanes, head + lane);
+        for (int j = 0; j < keys; j += 4) {
+            uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+            __m512i x[4] = {_mm512_set1_epi32((int)((key0 + j) / 4)), rows, heads,
+                            _mm512_set1_epi32((int)batch)};
+            UNROLL for (int round = 0; round < 7; round++, k0 += PHILOX_KEY_0, k1 += PHILOX_KEY_1) {
+                __m512i a_high, b_high, a = wide_product(x[0], PHILOX_0, &a_high);
+                __m512i b = wide_product(x[2], PHILOX_1, &b_high);
+                x[0] = b_high ^ x[1] ^ _mm512_set1_epi32((int)k0);
+                x[2] = a_high ^ x[3] ^ _mm512_set1_epi32((int)k1);
+                x[1] = b;
+                x[3] = a;
+            }
+            for (int w = 0; w < 4 && j + w < keys; w++) {
+                __m512i least = _mm512_set1_epi32((int)(uint32_t)threshold);
+                bits[j + w] |= (uint32_t)_mm512_mask_cmpge_epu32_mask(lanes, x[w], least) << lane;
+            }
+        }
+    }
+}
+#else
 static void dropout(uint32_t *bits, int panel, int keys, int64_t key0, const uint32_t *row,
                     const uint32_t *head, uint32_t batch, uint64_t seed, uint64_t threshold) {
     for (int j = 0; j < keys; j += 4) {
@@ -816,9 +908,9 @@ static void dropout(uint32_t *bits, int panel, int keys, int64_t key0, const uin
             x[2][i] = head[i];
             x[3][i] = batch;
         }
-        for (int round = 0; round < 7; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+        for (int round = 0; round < 7; round++, k0 += PHILOX_KEY_0, k1 += PHILOX_KEY_1)
             for (int i = 0; i < panel; i++) {
-                uint64_t a = (uint64_t)0xD2511F53u * x[0][i], b = (uint64_t)0xCD9E8D57u * x[2][i];
+                uint64_t a = (uint64_t)PHILOX_0 * x[0][i], b = (uint64_t)PHILOX_1 * x[2][i];
                 x[0][i] = (uint32_t)(b >> 32) ^ x[1][i] ^ k0;
                 x[2][i] = (uint32_t)(a >> 32) ^ x[3][i] ^ k1;
                 x[1][i] = (uint32_t)b;
@@ -831,6 +923,7 @@ static void dropout(uint32_t *bits, int panel, int keys, int64_t key0, const uin
         }
     }
 }
+#endif
 
 // ---- the machine's own limit -----------------------------------------------------------------
 
