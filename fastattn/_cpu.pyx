@@ -7,7 +7,8 @@ Data flows one way:
         tile_mask                       which pairs of a tile take part: full, partial or empty
         fa_kernels (kernels.h)          arithmetic on one tile, for the ISA chosen
 
-    forward    parallel over (batch, kv head, block of rows), any order
+    forward    parallel over (batch, kv head, block of rows), any order; where a head is one block,
+               over chunks of its keys too, whose states are merged in the chunks' order
     backward   parallel over (batch, kv head); heads left over are shared by all threads, block by
                block, each adding to a tile of dK, dV after the block before it has (a wavefront):
                the sums have one order whatever the number of threads
@@ -34,11 +35,11 @@ cnp.import_array()
 cdef extern from "_cpu_kernels/kernels.h" nogil:
     enum:
         FA_F16, FA_BF16, FA_F32, FA_F64, FA_BOOL, FA_NONE
-        FA_RUN
+        FA_RUN, FA_AHEAD
     ctypedef struct fa_rows:
         const char *const *row
         ptrdiff_t stride
-        int32_t rows, cols, dtype
+        int32_t rows, cols, dtype, ahead
     ctypedef struct fa_adjust:
         double scale, softcap
         const void *add[2]

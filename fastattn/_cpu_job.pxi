@@ -40,7 +40,8 @@ cdef struct Job:
     # How the rows are cut: a block is Br rows of one head, or `stack` whole heads of one group.
     int Br, Bc, panel, stack
     int64_t blocks             # of one kv head
-    bint few                   # rows of a block fill no more than a vector: few_scores
+    bint few                   # rows of a block fill half a vector at most: few_scores
+    int ahead                  # rows of k and v to fetch ahead where few rows of q stream them
     int64_t chunk, chunks      # keys are cut into chunks whose results are merged in order
     bint k_in_place, v_in_place
     # backward
@@ -190,7 +191,7 @@ cdef size_t lay_out(const Job *job, Workspace *ws, char *base) noexcept nogil:
     ws.key_to = <int64_t *> carve(base, &used, rows * sizeof(int64_t))
     ws.pos32 = <uint32_t *> carve(base, &used, rows * sizeof(uint32_t))
     ws.head = <uint32_t *> carve(base, &used, rows * sizeof(uint32_t))
-    ws.row = <const char **> carve(base, &used, max(rows, Bc) * sizeof(char *))
+    ws.row = <const char **> carve(base, &used, max(rows, Bc + FA_AHEAD) * sizeof(char *))
     return used
 
 cdef inline void *carve(char *base, size_t *used, size_t size) noexcept nogil:
@@ -337,7 +338,8 @@ cdef void fill_job(Job *job, problem, bint backward) except *:
     job.blocks = (ceil_div(job.group, job.stack) if job.stack > 1 else
                   job.group * ceil_div(job.Lq, job.Br)) if job.Hq > 0 else 0
     job.Bc = <int> clamp((job.Lk + FA_RUN - 1) // FA_RUN * FA_RUN, FA_RUN, job.Bc)
-    job.few = not backward and rows <= lanes
+    job.few = not backward and rows <= lanes // 2
+    job.ahead = FA_AHEAD if not backward and rows <= lanes else 0
     # Rows of a head that are one block have few items to offer. Chunks are cut by Lk alone.
     job.chunk = max(1, job.Lk)
     if not backward and job.Lq <= job.Br and job.Lk >= 2 * CHUNK:
@@ -437,19 +439,21 @@ cdef fa_rows block_rows(const Job *job, Workspace *ws, const Array *a, int r0, i
     rows.rows = n
     rows.cols = cols
     rows.dtype = a.dtype
+    rows.ahead = 0
     return rows
 
-# Rows [j0, j0 + n) of k or v.
-cdef fa_rows key_rows(Workspace *ws, const Array *a, char *base, int64_t j0, int n, int cols) noexcept nogil:
+# Rows [j0, j0 + n) of k or v, `ahead` rows after each of them wanted soon.
+cdef fa_rows key_rows(Workspace *ws, const Array *a, char *base, int64_t j0, int n, int cols, int ahead) noexcept nogil:
     cdef fa_rows rows
     cdef int j
-    for j in range(n):
+    for j in range(n + ahead):
         ws.row[j] = base + (j0 + j) * a.row
     rows.row = ws.row
     rows.stride = a.col
     rows.rows = n
     rows.cols = cols
     rows.dtype = a.dtype
+    rows.ahead = ahead
     return rows
 
 cdef void pack_query_lanes(const Job *job, Workspace *ws, const Array *a, void *dst, int cols,
@@ -487,7 +491,7 @@ cdef void load_left(const Job *job, Workspace *ws, const Array *a, char *base, i
         left[0] = base + k0 * a.row
         ld_out[0] = a.row // job.kernels.unit_bytes
     else:
-        rows = key_rows(ws, a, base, k0, <int> (k1 - k0), cols)
+        rows = key_rows(ws, a, base, k0, <int> (k1 - k0), cols, job.ahead)
         job.kernels.pack_left(tile, ld, &rows)
         left[0] = tile
         ld_out[0] = ld
@@ -501,7 +505,7 @@ cdef void load_right(const Job *job, Workspace *ws, const Array *a, char *base, 
         right[0] = base + k0 * a.row
         ld_out[0] = a.row // job.kernels.unit_bytes
     else:
-        rows = key_rows(ws, a, base, k0, <int> (k1 - k0), cols)
+        rows = key_rows(ws, a, base, k0, <int> (k1 - k0), cols, job.ahead)
         job.kernels.pack_right(tile, ld, &rows)
         right[0] = tile
         ld_out[0] = ld

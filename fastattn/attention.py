@@ -382,10 +382,14 @@ def _forward(
             with arithmetic_on(q):
                 return _forward(problem, out, lse)
         xp = namespace_of(q)
-    if out is None:
-        out = xp.empty_like(q, shape=(*q.shape[:-1], problem.Dv))
-    if lse is None:
-        lse = xp.empty(q.shape[:-1], problem.acc)
+    try:
+        if out is None:
+            out = xp.empty_like(q, shape=(*q.shape[:-1], problem.Dv))
+        if lse is None:
+            lse = xp.empty(q.shape[:-1], problem.acc)
+    except ValueError as error:  # what NumPy says to more bytes than there are addresses
+        shape = (*q.shape[:-1], problem.Dv)
+        raise MemoryError(f"no memory for results of shape {shape}: {error}") from error
     backend_of(q).forward(problem, out, lse)
     return AttentionResult(out, lse)
 

@@ -214,6 +214,7 @@ def test_backward_adds_dk_and_dv_of_the_heads_in_work(dtype):
 big = 2**31 - 1
 ABSURD = {  # shapes of q, k, v and options; zeros that are broadcast, so only the call takes memory
     "out": ((1, 2**45, 1), (1, 1, 1), (1, 1, 1), {}),
+    "64_bit_out": ((1, 2**59, 0), (1, 1, 0), (1, 1, 8), {}),
     "lse": ((1, 2**59, 0), (1, 1, 0), (1, 1, 0), {}),
     "heads": ((2**40, 1, 0), (2**40, 1, 0), (2**40, 1, 0), {}),
     "batch": ((2**20, 2**20, 1, 1, 0),) * 3 + ({},),

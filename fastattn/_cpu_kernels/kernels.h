@@ -37,7 +37,12 @@ typedef struct {
     const char *const *row;
     ptrdiff_t stride;  // bytes between neighbours of a row
     int32_t rows, cols, dtype;
+    int32_t ahead;  // row[r + ahead] is wanted soon after row[r]; 0: none is
 } fa_rows;
+
+// Few rows of q take keys as fast as they come from memory, which is as fast as they are asked for:
+// rows that many ahead are fetched into the second level of the cache.
+#define FA_AHEAD 64
 
 // What turns q.k into a score, in the contract's order. Lane arrays hold a panel of reals.
 typedef struct {
@@ -127,8 +132,8 @@ typedef struct {
 
     void (*scores)(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, int keys,
                    int depth, void *tile_max);
-    // The same for a few rows of q, one vector of lanes at most: q as it lies, padded with zeros to
-    // whole vectors like k; lanes past the last row are zeros.
+    // The same for a few rows of q, half a vector of lanes at most, with the lanes along the summed
+    // axis: q as it lies, padded with zeros to whole vectors as k is. Lanes past the rows are zeros.
     void (*few_scores)(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, ptrdiff_t ldq,
                        int rows, int keys, int depth, int negate, void *tile_max);
     void (*adjust)(void *s, int panel, int keys, const fa_adjust *how);

@@ -10,9 +10,10 @@
 // linked into the code of another.
 //
 // Bits: every element of a product is one chain of multiply-adds in the order of the summed
-// axis, from zero, whatever the register tile around it; pairs that are excluded add an exact
-// zero. So which rows share a panel, where a panel's keys start and end, and whether a row
-// went through accumulate or accumulate_selected leaves no trace in the result.
+// axis, from zero, whatever the register tile around it (scores of few rows: a chain for each
+// lane, and their sums added in one order); pairs that are excluded add an exact zero. So which
+// rows share a panel, where a panel's keys start and end, and whether a row went through
+// accumulate or accumulate_selected leaves no trace in the result.
 #pragma once
 #include "convert.h"
 #include "kernels.h"
@@ -131,6 +132,12 @@ static int load_lanes(void *dst, int panel, const fa_rows *src) {
     return v_bits(lowest == v_set1(-INFINITY)) != 0;
 }
 
+INLINE void fetch_ahead(const fa_rows *src, int r) {
+    if (src->ahead && src->stride == dtype_bytes(src->dtype))
+        for (ptrdiff_t c = 0; c < src->cols * src->stride; c += 64)
+            __builtin_prefetch(src->row[r + src->ahead] + c, 0, 2);
+}
+
 #ifdef FA_BF16_PAIRS
 INLINE uint16_t half_at(const fa_rows *src, int row, int col) {
     uint16_t h = 0;
@@ -153,6 +160,7 @@ static void pack_left(void *dst_, ptrdiff_t ld, const fa_rows *src) {
     uint16_t *dst = dst_;
     for (int r = 0; r < src->rows; r++, dst += 2 * ld) {
         int c = 0;
+        fetch_ahead(src, r);
         if (src->stride == 2 && src->row[r]) {
             memcpy(dst, src->row[r], (size_t)src->cols * 2);
             c = src->cols;
@@ -167,6 +175,8 @@ static void pack_right(void *dst_, ptrdiff_t ld, const fa_rows *src) {
     __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int r = 0; r < src->rows; r += 2, dst += 2 * ld) {
         int c = 0;
+        fetch_ahead(src, r);
+        fetch_ahead(src, r + 1 < src->rows ? r + 1 : r);
         if (src->stride == 2 && r + 1 < src->rows && src->row[r] && src->row[r + 1])
             for (; c + 32 <= src->cols; c += 32) {
                 __m512i a = _mm512_loadu_si512(src->row[r] + 2 * c);
@@ -200,6 +210,7 @@ static void pack_right(void *dst_, ptrdiff_t ld, const fa_rows *src) {
     real *dst = dst_;
     for (int r = 0; r < src->rows; r++, dst += ld) {
         int n = src->row[r] ? src->cols : 0;
+        fetch_ahead(src, r);
         if (n) load_row(dst, src->row[r], src->stride, n, src->dtype);
         memset(dst + n, 0, (size_t)(ld - n) * sizeof(real));
     }
@@ -251,13 +262,16 @@ static double dot(const char *a, ptrdiff_t a_stride, int a_dtype, const char *b,
 #define EACH UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NR; j++)
 
 // c[MR][NR] = A[MR][depth] B[depth][NR vectors]; MR, NR are constants where this is inlined,
-// so that c lives in registers.
-INLINE void product(const int MR, const int NR, vr *c, const unit *a, ptrdiff_t a_row,
-                    ptrdiff_t a_depth, const unit *b, ptrdiff_t ldb, int depth) {
+// so that c lives in registers. Rows of B that many `ahead` are fetched meanwhile.
+INLINE void product(const int MR, const int NR, const int ahead, vr *c, const unit *a,
+                    ptrdiff_t a_row, ptrdiff_t a_depth, const unit *b, ptrdiff_t ldb, int depth) {
     EACH c[i * NR + j] = (vr){};
     UNROLL4 for (int k = 0; k < depth; k++) {
         uv right[4];
         UNROLL for (int j = 0; j < NR; j++) right[j] = u_load(b + j * V_LANES);
+        if (ahead)
+            UNROLL for (int j = 0; j < NR; j++)
+                __builtin_prefetch(b + ahead * ldb + j * V_LANES, 0, 2);
         UNROLL for (int i = 0; i < MR; i++) {
             uv left = u_set1(a + i * a_row);
             UNROLL for (int j = 0; j < NR; j++) c[i * NR + j] = u_madd(c[i * NR + j], left, right[j]);
@@ -281,7 +295,7 @@ INLINE void fetch_rows(const void *a, int row, const int rows, ptrdiff_t a_row, 
 INLINE void scores_tile(const int MR, const int NR, real *s, int panel, const unit *k,
                         ptrdiff_t ldk, const unit *q, int depth, int add, vr *top) {
     vr c[MR * NR];
-    product(MR, NR, c, k, ldk, 1, q, panel, depth);
+    product(MR, NR, 0, c, k, ldk, 1, q, panel, depth);
     if (add) EACH c[i * NR + j] += v_load(s + i * panel + j * V_LANES);
     EACH v_store(s + i * panel + j * V_LANES, c[i * NR + j]);
     UNROLL for (int j = 0; j < NR; j++) {
@@ -351,10 +365,19 @@ static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const voi
 INLINE void dots(const int MR, const int whole, real *s, int panel, const unit *k, ptrdiff_t ldk,
                  const unit *q, ptrdiff_t ldq, int keys, int depth, int add, ureal flip) {
     const int NR = V_LANES / MR;
+    const unit *ahead = k + FA_AHEAD * ldk;
     vr c[V_LANES];
     UNROLL for (int i = 0; i < V_LANES; i++) c[i] = (vr){};
+    int col = 0;
     for (int d = 0; d < depth; d += V_LANES)
         UNROLL for (int j = 0; j < NR; j++) {
+            if (whole) {  // as many vectors as are used, row by row: that is how they lie
+                __builtin_prefetch(ahead + col, 0, 2);
+                col += V_LANES;
+                int next_row = col >= depth;
+                ahead += next_row ? ldk : 0;
+                col = next_row ? 0 : col;
+            }
             uv right = u_load(k + (whole || j < keys ? j : keys - 1) * ldk + d);
             UNROLL for (int i = 0; i < MR; i++)
                 c[j * MR + i] = u_madd(c[j * MR + i], u_load(q + i * ldq + d), right);
@@ -371,16 +394,20 @@ INLINE void dots(const int MR, const int whole, real *s, int panel, const unit *
                             ptrdiff_t ldq, int keys, int depth, int add, ureal flip) {           \
         int key = 0;                                                                             \
         for (; key + V_LANES / MR <= keys; key += V_LANES / MR)                                  \
-            dots(MR, 1, s + key * panel, panel, k + key * ldk, ldk, q, ldq, 0, depth, add, flip); \
+            dots(MR, 1, s + key * panel, panel, k + key * ldk, ldk, q, ldq, 0, depth, add,    \
+                 flip);                                                                          \
         if (key < keys)                                                                          \
-            dots(MR, 0, s + key * panel, panel, k + key * ldk, ldk, q, ldq, keys - key, depth, add, \
-                 flip); \
+            dots(MR, 0, s + key * panel, panel, k + key * ldk, ldk, q, ldq, keys - key, depth,   \
+                 add, flip);                                                                     \
     }
 DEFINE_DOTS(1)
 DEFINE_DOTS(2)
 #if V_BYTES > 16
 DEFINE_DOTS(4)
 #endif
+#define DOTS(MR)                                                                                 \
+    for (; row + MR <= rows; row += MR)                                                          \
+        dots_##MR(to + row, panel, k, ldk, q + row * ldq, ldq, n, part, d > 0, flip);
 
 static void few_scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const void *q_,
                        ptrdiff_t ldq, int rows, int keys, int depth, int negate, void *tile_max) {
@@ -395,13 +422,16 @@ static void few_scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const
             real *to = s + (ptrdiff_t)key * panel;
             int row = 0;
 #if V_BYTES > 16
-            for (; row + 4 <= rows; row += 4) dots_4(to + row, panel, k, ldk, q + row * ldq, ldq, n, part, d > 0, flip);
+            DOTS(4)
 #endif
-            for (; row + 2 <= rows; row += 2) dots_2(to + row, panel, k, ldk, q + row * ldq, ldq, n, part, d > 0, flip);
-            if (row < rows) dots_1(to + row, panel, k, ldk, q + row * ldq, ldq, n, part, d > 0, flip);
+            DOTS(2)
+            DOTS(1)
         }
     exclude(s, panel, keys, 0, tile_max);
 }
+
+// Few rows read the right operand from memory, unless it was packed.
+#define ACCUMULATE_AHEAD(MR) (PAIR == 1 && MR <= 4 ? FA_AHEAD / 2 : 0)
 
 INLINE void accumulate_tile(const int MR, const int NR, const fa_product *x, int row, int col,
                             int start, int end) {
@@ -409,8 +439,9 @@ INLINE void accumulate_tile(const int MR, const int NR, const fa_product *x, int
     const real *alpha = x->alpha;
     real *out = (real *)x->c + row * x->ldc + col;
     if (x->cold) EACH __builtin_prefetch(out + i * x->ldc + j * V_LANES);
-    product(MR, NR, c, (const unit *)x->a + row * x->a_row + start * x->a_depth, x->a_row,
-            x->a_depth, (const unit *)x->b + start * x->ldb + col, x->ldb, end - start);
+    product(MR, NR, ACCUMULATE_AHEAD(MR), c,
+            (const unit *)x->a + row * x->a_row + start * x->a_depth, x->a_row, x->a_depth,
+            (const unit *)x->b + start * x->ldb + col, x->ldb, end - start);
     if (alpha)
         EACH c[i * NR + j] = v_fma(v_set1(alpha[row + i]), v_loadu(out + i * x->ldc + j * V_LANES),
                                    c[i * NR + j]);
@@ -715,7 +746,7 @@ INLINE vr plain_tile(const int MR, const int NR, const fa_backward_tile *x, int 
         fetch_rows(x->next_k, row, MR, x->ldk, x->D);
         fetch_rows(x->next_v, row, MR, x->ldv, x->Dv);
     }
-    product(MR, NR, c, (const unit *)x->k + row * x->ldk + first, x->ldk, 1,
+    product(MR, NR, 0, c, (const unit *)x->k + row * x->ldk + first, x->ldk, 1,
             (const unit *)x->q + (ptrdiff_t)first * panel, panel, depth);
     if (first > 0) EACH c[i * NR + j] += v_load(s + i * panel + j * V_LANES);
     UNROLL for (int i = 0; i < MR; i += PAIR) {
