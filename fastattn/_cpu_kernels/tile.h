@@ -304,8 +304,6 @@ INLINE void scores_tile(const int MR, const int NR, real *s, int panel, const un
         top[j] = v_max(top[j], most);
     }
 }
-static void exclude(void *s, int panel, int keys, const uint32_t *keep, void *tile_max);
-
 typedef void scores_fn(real *s, int panel, const unit *k, ptrdiff_t ldk, const unit *q, int depth,
                        int add, vr *top);
 #define DEFINE_SCORES(MR, NR)                                                                    \
@@ -427,7 +425,11 @@ static void few_scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const
             DOTS(2)
             DOTS(1)
         }
-    exclude(s, panel, keys, 0, tile_max);
+    for (int lane = 0; lane < panel; lane += V_LANES) {
+        vr top = v_set1(-INFINITY);
+        for (int key = 0; key < keys; key++) top = v_max(top, v_load(s + (ptrdiff_t)key * panel + lane));
+        v_store((real *)tile_max + lane, top);
+    }
 }
 
 // Few rows read the right operand from memory, unless it was packed.

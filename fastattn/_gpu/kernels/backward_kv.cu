@@ -20,7 +20,7 @@ backward_kv(const __grid_constant__ Params p) {
   Tile* const sQ = sO + kBr * pitch_of(kDv);
   constexpr int kBuffer = kBr * pitch_of(kD);
   Acc* const sRows = (Acc*)(sQ + (kWalk ? 1 : 2) * kBuffer);  // two buffers of lse and delta
-  char* const added = (char*)(sRows + 4 * kBr);               // in kGeneral only
+  char* const added = (char*)(sRows + 4 * kBr);               // tiles of a mask and bias
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 
   const int piece = blockIdx.x % (int)p.pieces;

@@ -16,7 +16,7 @@ backward_q(const __grid_constant__ Params p) {
   Tile* const sV = sO + kBr * pitch_of(kDv);
   Tile* const sK = sV + kBc * pitch_of(kDv);
   constexpr int kBuffer = kBc * pitch_of(kD);
-  char* const added = (char*)(sK + (kWalk ? 1 : 2) * kBuffer);  // in kGeneral only
+  char* const added = (char*)(sK + (kWalk ? 1 : 2) * kBuffer);  // tiles of a mask and bias
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 
   int index = blockIdx.x;
@@ -147,7 +147,8 @@ backward_q(const __grid_constant__ Params p) {
         });
       auto make_ds = [&](auto care) {
         for_each(s, [&](Acc& x, int m, int y, int e) {
-          dp[m][y][e] = gradient<decltype(care)::value>(p, x, dp[m][y][e], lse[m][e >> 1], delta[m][e >> 1], mode).ds;
+          dp[m][y][e] = gradient<decltype(care)::value>(p, x, dp[m][y][e], lse[m][e >> 1],
+                                                        delta[m][e >> 1], mode).ds;
         });
       };
       mode == kUsual ? make_ds(Usual()) : make_ds(Careful());

@@ -31,7 +31,7 @@ forward(const __grid_constant__ Params p) {
   Tile* const sV = sQ + kBr * pitch_of(kD);
   Tile* const sK = sV + kBc * pitch_of(kDv);
   constexpr int kBuffer = kBc * pitch_of(kD);
-  char* const added = (char*)(sK + (kWalk ? 1 : 2) * kBuffer);  // in kGeneral only
+  char* const added = (char*)(sK + (kWalk ? 1 : 2) * kBuffer);  // tiles of a mask and bias
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 
   // This block's work. Tiles of a few heads are in flight together, so that their keys stay in cache,

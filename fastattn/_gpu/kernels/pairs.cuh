@@ -134,7 +134,8 @@ DEVICE Kept<M, N> draw(const Params& p, int b, int j0, PlaceOf place, RowOf row_
       u32 bits = 0;
 #pragma unroll
       for (int e = 3; e >= 0; e--)
-        asm("{ .reg .u32 x; add.cc.u32 x, %1, %2; addc.u32 %0, %0, %0; }" : "+r"(bits) : "r"(words.x[e]), "r"(kept_carry));
+        asm("{ .reg .u32 x; add.cc.u32 x, %1, %2; addc.u32 %0, %0, %0; }"
+            : "+r"(bits) : "r"(words.x[e]), "r"(kept_carry));
       drawn |= bits << y * 4;
     }
     if (kKeysAreRows) {
@@ -239,7 +240,8 @@ DEVICE void add_eight(Acc (&x)[8], const Array& array, i64 kind, const char* at,
 // Bring the tiles of a mask and bias for a tile of scores to shared memory, as far as it asks for them.
 // Its first row is row0 of head h, its first key j0; row_of(r) is its row r.
 template <class RowOf>
-DEVICE void load_added(const Params& p, int needs, char* added, int b, int h, int row0, int j0, RowOf row_of) {
+DEVICE void load_added(const Params& p, int needs, char* added, int b, int h, int row0, int j0,
+                       RowOf row_of) {
   const int rows = (int)p.Lq - row0, columns = (int)p.Lk - j0;
   if (asks_bools(needs)) {
     const Array& array = p.attn_mask;
@@ -361,11 +363,14 @@ DEVICE void with_added(Acc (&s)[M][N][4], const char* added, int pitch, PlaceOf 
 // excludes a pair whatever its score is; in the usual mode, scores that are not finite show in the
 // result, and the block is done again.
 template <bool kKeysAreRows, class T, int M, int N, class PlaceOf>
-DEVICE void add_numbers(Acc (&s)[M][N][4], Acc factor, const char* numbers, int pitch, int mode, PlaceOf place) {
-  with_added<kKeysAreRows, T>(s, numbers, pitch, place, [&](Acc& x, T y) { x = fma_of(x, factor, (Acc)widen(y)); });
+DEVICE void add_numbers(Acc (&s)[M][N][4], Acc factor, const char* numbers, int pitch, int mode,
+                        PlaceOf place) {
+  with_added<kKeysAreRows, T>(s, numbers, pitch, place,
+                              [&](Acc& x, T y) { x = fma_of(x, factor, (Acc)widen(y)); });
   if (mode == kUsual) return;
   const Acc none = -infinity(Acc());
-  with_added<kKeysAreRows, T>(s, numbers, pitch, place, [&](Acc& x, T y) { x = (Acc)widen(y) == none ? none : x; });
+  with_added<kKeysAreRows, T>(s, numbers, pitch, place,
+                              [&](Acc& x, T y) { x = (Acc)widen(y) == none ? none : x; });
 }
 
 // Softcap, cap tanh(s / cap) of products q . k, whose derivative without `scale` is told to

@@ -43,11 +43,13 @@ DEVICE void survey_mask(const Params& p, i64 index) {
   const int of_mask = p.bools ? kAddBools : kAddNumbers;
   const int needs = !some ? kEmpty : (all ? 0 : of_mask) | (p.bias.data ? kAddNumbers : 0);
   if (threadIdx.x == 0)
-    ((u8*)p.tile_needs)[b * p.needs_batch + h * p.needs_head + row_tile * p.needs_row + key_tile * p.needs_key] = needs;
+    ((u8*)p.tile_needs)[b * p.needs_batch + h * p.needs_head + row_tile * p.needs_row +
+                        key_tile * p.needs_key] = needs;
 }
 
 // The least and the greatest id of a tile.
-DEVICE void survey_ids(const Params& p, const Array& ids, i64 length, i64 tile, i64 tiles, i64 index, void* to) {
+DEVICE void survey_ids(const Params& p, const Array& ids, i64 length, i64 tile, i64 tiles, i64 index,
+                       void* to) {
   __shared__ i64 lows[kWarps], highs[kWarps];
   const i64 b = index / tiles, start = index % tiles * tile, end = min_of(start + tile, length);
   i64 low = 0x7fffffffffffffffll, high = -low - 1;
