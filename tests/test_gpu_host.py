@@ -733,3 +733,14 @@ def test_other_masks_are_left_to_all(driver, call):
         assert chosen == "all"
         assert (added["numbers_size"], bool(added["numbers_copied"])) == (size, copied)
         assert added.get("bools", 0) == (len(arrays) == 2 and copied)
+
+
+def test_a_mask_without_keys_is_not_looked_at(call):
+    """Its strides may be 0, as if all keys were alike, but there is none."""
+    mask = np.broadcast_to(np.zeros((5, 1), np.bool_), (1, 1, 5, 0)).view(Standin)
+    call.problem = types.SimpleNamespace(
+        batch=1, Hq=1, Lq=5, Lk=0, attn_mask=mask, q_segment_ids=None
+    )
+    chosen = config.choose("forward", 80, "sm_80", "float16", "bools", 64, 64)
+    call.launch = None  # would be called
+    assert call.survey(chosen, {"attn_mask": (0, 0, 0, 0, 0, 0, 0)}) == {}

@@ -382,6 +382,8 @@ class _Call:
     def survey(self, config: Config, arrays: dict[str, tuple[int, ...]]) -> dict[str, int]:
         """What the tiles of a kernel ask for, where masks or segments have a say in it."""
         p = self.problem
+        if p.Lk == 0:  # no tiles, and nothing that might be read
+            return {}
         row_tiles, column_tiles = -(-p.Lq // config.Br), -(-p.Lk // config.Bc)
         found = {"row_tiles": row_tiles, "column_tiles": column_tiles}
         blocks = mask_tiles = 0
