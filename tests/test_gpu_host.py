@@ -478,7 +478,9 @@ def test_tensor_maps_say_where_the_array_is(monkeypatch):
         return 0
 
     monkeypatch.setattr(tensor_maps, "_encode", lambda: encode)
-    make = functools.partial(tensor_maps.tensor_map.__wrapped__, "bfloat16")
+    def make(pointer, *rest):
+        return tensor_maps.tensor_map.__wrapped__(pointer, "bfloat16", *rest)
+
     found = make(1024, 72, 300, 4, 2, 144, 43200, 172800, 128)
     assert told == [(9, 4, 1024, (72, 300, 4, 2), (144, 43200, 172800), (64, 128, 1, 1))]
     held = range(found.storage.ctypes.data, found.storage.ctypes.data + found.storage.nbytes)
@@ -518,8 +520,7 @@ def test_options_go_by_their_names(driver):
     """Every value a different one, found under its name; both forms of those that have two."""
 
     def at(address, dtype="float32"):
-        data = types.SimpleNamespace(ptr=address)
-        return types.SimpleNamespace(data=data, dtype=np.dtype(dtype))
+        return types.SimpleNamespace(address=address, dtype=np.dtype(dtype))
 
     sizes = dict(batch=2, Hq=12, Hkv=4, group=3, Lq=5, Lk=6, D=7, Dv=8, scale=0.5, softcap=9.0)
     given = dict(
@@ -538,7 +539,7 @@ def test_options_go_by_their_names(driver):
 
     assert options(**given) == dict(
         **sizes, window_left=10, window_right=11, causal_offset=0, causal_offsets=13,
-        **{name: given[name].data.ptr for name in addresses}, attn_mask_kind=4, bias_kind=1,
+        **{name: given[name].address for name in addresses}, attn_mask_kind=4, bias_kind=1,
         natural=1, cap_scale=0.5 / 9.0, seed=0, seed_at=18, dropout_threshold=3 << 30,
         keep_scale=4.0,
     )  # fmt: skip
@@ -570,20 +571,25 @@ def test_splits_cover_the_keys(driver):
 
 
 class Standin(np.ndarray):
-    """A NumPy array whose address is where a CuPy array has it."""
+    """A NumPy array whose address is where a Layout has it."""
 
-    data = property(lambda self: types.SimpleNamespace(ptr=self.ctypes.data))
+    address = property(lambda self: self.ctypes.data)
 
 
 @pytest.fixture
 def call(driver, monkeypatch):
-    """A call that describes Standins."""
-    library = types.SimpleNamespace(
-        zeros=lambda shape, dtype: np.zeros(shape, dtype).view(Standin), arange=np.arange
-    )
-    monkeypatch.setattr(driver, "cupy", library)
+    """A call that describes Standins, and makes its tables at once."""
+    from fastattn._gpu import plan
+
+    monkeypatch.setattr(plan, "cupy", np)
     call = object.__new__(driver._Call)
     call.alive = []
+
+    def table(*args):
+        call.alive.append(plan.Table(*args).make())
+        return call.alive[-1].ctypes.data
+
+    call.table = table
     return call
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import cupy
@@ -116,32 +117,31 @@ class _Arguments(threading.local):
     def __init__(self) -> None:
         self.bound = False  # whether the driver has a context in this thread
         self.block = np.zeros(SIZE // 8, np.int64)
+        self.words = memoryview(self.block)
         # of the block, and of the tensor maps that follow it in some kernels
-        self.pointers = np.array([self.block.ctypes.data, 0, 0, 0, 0], np.uint64)
-        self.address = self.pointers.ctypes.data
+        self._pointers = np.array([self.block.ctypes.data, 0, 0, 0, 0], np.uint64)
+        self.pointers = memoryview(self._pointers)
+        self.address = self._pointers.ctypes.data
 
 
 arguments = _Arguments()
 
 
 def launch(
-    kernel: Kernel, blocks: int, stream: int, maps: tuple[TensorMap, ...] = (),
-    shared: int | None = None,
-) -> None:  # fmt: skip
-    """Start a kernel on `stream` with the thread's `arguments`, and tensor maps if it takes any.
-
-    `shared` bytes of shared memory, if it has not its own.
-    """
-    for place, found in enumerate(maps, 1):
-        arguments.pointers[place] = found.address
-    if not arguments.bound:
+    kernel: Kernel, blocks: int, shared: int, stream: int, maps: Iterable[TensorMap] = ()
+) -> None:
+    """Start a kernel with the thread's `arguments`, and tensor maps if it takes any."""
+    mine = arguments
+    place = 1
+    for found in maps:
+        mine.pointers[place] = found.address
+        place += 1
+    if not mine.bound:
         cupy.cuda.runtime.setDevice(cupy.cuda.runtime.getDevice())
-        arguments.bound = True
+        mine.bound = True
     driver.launchKernel(
-        kernel.function, blocks, 1, 1, kernel.threads, 1, 1,
-        kernel.shared_bytes if shared is None else shared, stream,
-        arguments.address, 0,
-    )  # fmt: skip
+        kernel.function, blocks, 1, 1, kernel.threads, 1, 1, shared, stream, mine.address, 0
+    )
 
 
 def device_info() -> dict[str, Any]:

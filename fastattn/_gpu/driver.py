@@ -5,6 +5,8 @@ backward: backward_rows, backward_q, backward_kv, backward_bias [, reduce], redu
 
 With masks or segments, survey tells each of the kernels that walk over tiles which are empty.
 
+Calls are planned, and a plan is used again for calls of its kind: see `plan`.
+
 Nothing is read from the device and nothing waits for it. Results that are asked for are filled by
 the kernels; workspace comes from CuPy's allocator and is given back as its stream gets there.
 """
@@ -13,16 +15,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+import operator
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cupy
 import numpy as np
 
 from fastattn._gpu.config import HOPPER_KERNELS, SMALL_KERNELS, Config, careful, choose
-from fastattn._gpu.device import Device, arguments, device_of, launch, load
+from fastattn._gpu.device import Device, arguments, device_of, load
 from fastattn._gpu.params import ARRAY_FIELDS, NO_ARRAY, pack
-from fastattn._gpu.tensor_maps import TensorMap, tensor_map
+from fastattn._gpu.plan import ALIGNMENT, Layout, Plan, Planner, stand_in
+from fastattn._gpu.tensor_maps import tensor_map
 from fastattn._problem import Problem
 
 LONGEST = 1 << 29  # rows or keys: positions are 32-bit in kernels, and twice that is "far"
@@ -39,9 +44,85 @@ _KIND_NAMES = ("bool", "float16", "bfloat16", "float32", "float64")
 
 def forward(problem: Problem, out: Any, lse: Any) -> None:
     """Fill `out` and `lse`."""
-    if out.size == 0 and lse.size == 0:
+    if out.size or lse.size:
+        _start(_forward, problem, out, lse)
+
+
+def backward(
+    problem: Problem, dout: Any, out: Any, lse: Any, dlse: Any,
+    dq: Any, dk: Any, dv: Any, dbias: Any, dsinks: Any, dalibi_slopes: Any,
+) -> None:  # fmt: skip
+    """Fill the gradients that are not None."""
+    p = problem
+    if p.batch * p.Hq * p.Lq:
+        _start(
+            _backward, problem, dout, out, lse, dlse, dq, dk, dv, dbias, dsinks, dalibi_slopes
+        )
         return
-    p, call = problem, _Call(problem)
+    for gradient in (dk, dv, dsinks, dalibi_slopes):
+        if gradient is not None and gradient.size:
+            gradient.view(f"u{gradient.itemsize}").fill(0)  # all dtypes know that
+
+
+# ---------------------------------------------------------------- plans
+
+# The seed first: where it is on the host, it is no part of the kind, but what its slot holds.
+_ARRAYS = (
+    "seed", "q", "k", "v", "attn_mask", "bias", "q_segment_ids", "kv_segment_ids", "q_lens",
+    "kv_lens", "causal_offset", "alibi_slopes", "sinks",
+)  # fmt: skip
+_arrays_of = operator.itemgetter(*map(Problem._fields.index, _ARRAYS))
+_numbers_of = operator.itemgetter(
+    *(at for at, name in enumerate(Problem._fields) if name not in (*_ARRAYS, "acc"))
+)
+_MOST_PLANS = 1024
+_plans: dict[tuple[Any, ...], Plan] = {}
+_remembering = threading.Lock()
+
+
+def _start(plan: Callable[..., None], problem: Problem, *results: Any) -> None:
+    """Do what `plan` plans for such calls; `results` are what it takes beside the problem."""
+    device = problem.q.data.device_id
+    slots: list[int] = []
+    key: list[Any] = [plan, device, _numbers_of(problem)]
+    ndarray = cupy.ndarray
+    arrays = (*_arrays_of(problem), *results)
+    for array in arrays:
+        if type(array) is ndarray:
+            address = array.data.ptr
+            slots.append(address & -ALIGNMENT)
+            key += (array.strides, array.dtype.num, address % ALIGNMENT if address else -1)
+        else:  # absent, or an int
+            slots.append(0)
+            key.append(array)
+    if problem.dropout_p and type(problem.seed) is int:
+        slots[0], key[3] = problem.seed - (problem.seed >> 63 << 64), "host"
+    kind = tuple(key)
+    found = _plans.get(kind)
+    if found is None:
+        layouts = [
+            array if type(array) is not ndarray
+            else Layout(
+                stand_in(slot, array.data.ptr % ALIGNMENT) if array.data.ptr else 0,
+                array.shape, array.strides, array.dtype,
+            )
+            for slot, array in enumerate(arrays)
+        ]  # fmt: skip
+        if key[3] == "host":
+            layouts[0] = stand_in(0)
+        given = problem._replace(**dict(zip(_ARRAYS, layouts)))
+        call = _Call(given, device_of(device), slots)
+        plan(call, *layouts[len(_ARRAYS) :])
+        found = call.plan()
+        with _remembering:
+            if len(_plans) >= _MOST_PLANS:
+                del _plans[next(iter(_plans))]
+            _plans[kind] = found
+    found.start(slots, cupy.cuda.get_current_stream().ptr)
+
+
+def _forward(call: _Call, out: Layout, lse: Layout) -> None:
+    p = call.problem
     few = p.group * p.Lq <= _FEW_ROWS
     call.packed = packed = few and p.group > 1
     arrays = call.inputs() | {"out": call.array(out), "lse": call.rows(lse)}
@@ -58,9 +139,8 @@ def forward(problem: Problem, out: Any, lse: Any) -> None:
     }  # fmt: skip
     if splits > 1:
         all_rows = p.batch * p.Hq * p.Lq * splits
-        partial_out = cupy.empty(all_rows * p.Dv, p.acc)
-        partial_lse = cupy.empty(all_rows, p.acc)
-        scalars |= {"partial_out": partial_out.data.ptr, "partial_lse": partial_lse.data.ptr}
+        scalars["partial_out"] = call.workspace(all_rows * p.Dv, p.acc)
+        scalars["partial_lse"] = call.workspace(all_rows, p.acc)
     if not few:
         scalars |= call.survey(config, arrays)
     heads = p.batch * (p.Hkv if packed else p.Hq)
@@ -81,12 +161,11 @@ def _hopper_forward(
     if maps is None:
         call.launch(careful(config), total, arrays, scalars)
         return
-    workspace = cupy.empty(16 + total * config.Br // 16, np.uint8)
     blocks = min(total, call.device.multiprocessors)
-    scalars["flags"] = workspace.data.ptr + 16
+    scalars["flags"] = call.workspace(total * config.Br // 16, np.uint8)
     if total > blocks:  # they take tiles from a counter
-        scalars["next"] = workspace.data.ptr
-        cupy.cuda.runtime.memsetAsync(workspace.data.ptr, 0, 4, call.stream)
+        scalars["next"] = call.workspace(1, np.int32)
+        call.clear(scalars["next"], 4)
     call.launch(config, blocks, arrays, scalars, maps)
     call.launch_again(careful(config), blocks)
 
@@ -98,34 +177,27 @@ def _split(Lk: int, config: Config) -> tuple[int, int]:
     return max(1, -(-Lk // keys)), keys
 
 
-def backward(
-    problem: Problem, dout: Any, out: Any, lse: Any, dlse: Any,
-    dq: Any, dk: Any, dv: Any, dbias: Any, dsinks: Any, dalibi_slopes: Any,
+def _backward(
+    call: _Call, dout: Layout, out: Layout, lse: Layout, dlse: Layout | None,
+    dq: Layout | None, dk: Layout | None, dv: Layout | None, dbias: Layout | None,
+    dsinks: Layout | None, dalibi_slopes: Layout | None,
 ) -> None:  # fmt: skip
-    """Fill the gradients that are not None."""
-    p = problem
-    call = _Call(problem)
-    if p.batch * p.Hq * p.Lq == 0:
-        for gradient in (dk, dv, dsinks, dalibi_slopes):
-            if gradient is not None and gradient.size:
-                gradient.view(f"u{gradient.itemsize}").fill(0)  # all dtypes know that
-        return
+    p = call.problem
     rows = p.batch * p.Hq * -(-p.Lq // _ROW_PAD) * _ROW_PAD
-    row_lse, row_delta = cupy.empty(rows, p.acc), cupy.empty(rows, p.acc)
     arrays = call.inputs() | {
         "dout": call.array(dout), "out": call.array(out), "lse": call.rows(lse),
         "dlse": NO_ARRAY if dlse is None else call.rows(dlse),
     }  # fmt: skip
     scalars: dict[str, Any] = {
         "out_kind": _kind(out),
-        "row_lse": row_lse.data.ptr, "row_delta": row_delta.data.ptr,
+        "row_lse": call.workspace(rows, p.acc), "row_delta": call.workspace(rows, p.acc),
         "splits": 1, "pieces": 1,
     }  # fmt: skip
     config = call.config("backward_rows")
     call.launch(config, -(-rows // config.warps), arrays, scalars)
 
     if dalibi_slopes is not None:
-        row_sum = cupy.empty(rows, p.acc)
+        row_sum = call.workspace(rows, p.acc)
     if dq is not None or dalibi_slopes is not None:
         config = call.config("backward_q")
         more: dict[str, Any] = {"tiles": -(-p.Lq // config.Br)}
@@ -137,7 +209,7 @@ def backward(
             if given and p.softcap:  # whose slope is not in these sums
                 _launch_backward(call, config, blocks, arrays | given, scalars | more)
                 given = {}
-            more["row_sum"] = row_sum.data.ptr
+            more["row_sum"] = row_sum
         _launch_backward(call, config, blocks, arrays | given, scalars | more)
     if (dk is not None or dv is not None) and p.Lk:
         config = call.config("backward_kv")
@@ -152,10 +224,10 @@ def backward(
     if dbias is not None and dbias.size:
         _bias(call, dbias, arrays, scalars)
     if dsinks is not None:
-        more = {"sums": dsinks.data.ptr, "slices": 0}
+        more = {"sums": dsinks.address, "slices": 0}
         call.launch(call.config("reduce"), p.Hq, arrays, scalars | more)
     if dalibi_slopes is not None:
-        more = {"sums": dalibi_slopes.data.ptr, "slices": 0, "row_sum": row_sum.data.ptr}
+        more = {"sums": dalibi_slopes.address, "slices": 0, "row_sum": row_sum}
         call.launch(call.config("reduce"), p.Hq, arrays, scalars | more)
 
 
@@ -170,12 +242,12 @@ def _launch_backward(
     if maps is None:
         call.launch(careful(config), blocks, arrays, scalars)
         return
-    flags = cupy.empty(blocks * careful(config).warps, np.uint8)
-    call.launch(config, blocks, arrays, scalars | {"flags": flags.data.ptr}, maps)
+    flags = call.workspace(blocks * careful(config).warps, np.uint8)
+    call.launch(config, blocks, arrays, scalars | {"flags": flags}, maps)
     call.launch_again(careful(config), min(blocks, call.device.multiprocessors))
 
 
-def _bias(call: _Call, dbias: Any, arrays: dict[str, Any], scalars: dict[str, Any]) -> None:
+def _bias(call: _Call, dbias: Layout, arrays: dict[str, Any], scalars: dict[str, Any]) -> None:
     """Sum the gradient of bias over the axes that it lacks: those of stride 0."""
     p = call.problem
     config = call.config("backward_bias")
@@ -205,8 +277,7 @@ def _bias(call: _Call, dbias: Any, arrays: dict[str, Any], scalars: dict[str, An
     own_heads = 1 if head else p.Hq
     elements = own_batches * own_heads * (1 if row else p.Lq) * (1 if column else p.Lk)
     if slices > 1:
-        sums = cupy.empty(elements * slices, np.float64)
-        more["sums"] = sums.data.ptr
+        more["sums"] = call.workspace(elements * slices, np.float64)
     arrays = arrays | {"dbias": call.array(dbias)}
     call.launch(config, own_batches * own_heads * plane * slices, arrays, scalars | more)
     if slices > 1:
@@ -226,8 +297,8 @@ def _kind(array: Any) -> int:
     return kind
 
 
-def _pointer(array: Any) -> int:
-    return 0 if array is None else array.data.ptr
+def _pointer(array: Layout | None) -> int:
+    return 0 if array is None else array.address
 
 
 @functools.lru_cache(1024)
@@ -257,10 +328,18 @@ def _describe(
     return pointer, 0, batch, head, row, column, access
 
 
-class _Call:
-    """One call: its device and stream, its arrays as kernels see them, its launches."""
+def _of_all_heads(ids: Layout) -> Layout:
+    """Segment ids (..., L) as (..., 1, L)."""
+    shape, strides = ids.shape, ids.strides
+    return ids._replace(shape=(*shape[:-1], 1, shape[-1]), strides=(*strides[:-1], 0, strides[-1]))
 
-    def __init__(self, problem: Problem) -> None:
+
+class _Call(Planner):
+    """A call that is planned: its arrays as kernels see them, its launches. The arrays of its
+    problem are Layouts."""
+
+    def __init__(self, problem: Problem, device: Device, slots: list[int]) -> None:
+        super().__init__(slots)
         self.problem = p = problem
         for name, length in (("q", p.Lq), ("k", p.Lk)):
             if length > LONGEST:
@@ -272,9 +351,7 @@ class _Call:
         of_numbers = p.bias is not None or (p.attn_mask is not None and p.attn_mask.dtype != bool)
         self.natural = bool(p.softcap or p.alibi_slopes is not None or of_numbers or odd_scale)
         self.packed = False
-        self.alive: list[Any] = []  # workspace that launches still read
-        self.device: Device = device_of(cupy.cuda.runtime.getDevice())
-        self.stream = cupy.cuda.get_current_stream().ptr
+        self.device = device
         self.options = self._options()
 
     def config(self, kernel: str, rows: int = 0) -> Config:
@@ -286,23 +363,24 @@ class _Call:
 
     def launch(
         self, config: Config, blocks: int, arrays: dict[str, Any], scalars: dict[str, Any],
-        maps: tuple[TensorMap, ...] = (),
+        maps: tuple[tuple[Any, ...], ...] = (),
     ) -> None:  # fmt: skip
-        shared = None
+        shared = config.shared_bytes
         if config.options:
             scalars = scalars | self.added
             shared = config.shared_bytes_with(self._added_bytes(config))
         pack(arguments.block, arrays, self.options, scalars)
-        launch(load(self.device, config), blocks, self.stream, maps, shared)
+        self.add(load(self.device, config), blocks, shared, arguments.block, maps)
 
     def launch_again(self, config: Config, blocks: int) -> None:
         """Another kernel with the arguments of the launch before."""
-        launch(load(self.device, config), blocks, self.stream)
+        self.add(load(self.device, config), blocks, config.shared_bytes, None)
 
     def maps(
         self, config: Config, arrays: dict[str, Any], names: tuple[str, ...]
-    ) -> tuple[TensorMap, ...] | None:
-        """The tensor maps of some inputs for a configuration's tiles; None where one has none."""
+    ) -> tuple[tuple[Any, ...], ...] | None:
+        """What `tensor_map` takes for some inputs in a configuration's tiles; None where one has no
+        map."""
         p, found = self.problem, []
         for name in names:
             rows, heads, box = (
@@ -312,10 +390,10 @@ class _Call:
             pointer, batches, batch, head, row, _, access = arrays[name]
             if batches or access != _VECTORS:
                 return None
-            one = tensor_map(p.dtype, pointer, columns, rows, heads, p.batch, row, head, batch, box)
-            if one is None:
+            rest = (p.dtype, columns, rows, heads, p.batch, row, head, batch, box)
+            if tensor_map(self.actual(pointer), *rest) is None:
                 return None
-            found.append(one)
+            found.append((pointer, *rest))
         return tuple(found)
 
     def inputs(self) -> dict[str, tuple[int, ...]]:
@@ -327,8 +405,8 @@ class _Call:
         if p.bias is not None:
             arrays["bias"] = self.array(p.bias)
         if p.q_segment_ids is not None:
-            arrays["q_segment_ids"] = self.rows(p.q_segment_ids[..., None, :])
-            arrays["kv_segment_ids"] = self.rows(p.kv_segment_ids[..., None, :])
+            arrays["q_segment_ids"] = self.rows(_of_all_heads(p.q_segment_ids))
+            arrays["kv_segment_ids"] = self.rows(_of_all_heads(p.kv_segment_ids))
         self.added = self._added(arrays)
         return arrays
 
@@ -393,20 +471,16 @@ class _Call:
             rows = row_tiles if row else 1
             heads = p.Hq if head else 1
             mask_tiles = (p.batch if batch or batches else 1) * heads * rows * keys
-            needs = cupy.empty(mask_tiles, np.uint8)
-            self.alive.append(needs)
             found |= {
-                "tile_needs": needs.data.ptr, "mask_tiles": mask_tiles,
+                "tile_needs": self.workspace(mask_tiles, np.uint8), "mask_tiles": mask_tiles,
                 "needs_key": int(bool(column)), "needs_row": keys if row else 0,
                 "needs_head": rows * keys if head else 0,
                 "needs_batch": heads * rows * keys if batch or batches else 0,
             }  # fmt: skip
             blocks = mask_tiles
         if p.q_segment_ids is not None:
-            row_ids = cupy.empty(2 * p.batch * row_tiles, np.int64)
-            key_ids = cupy.empty(2 * p.batch * column_tiles, np.int64)
-            self.alive += [row_ids, key_ids]
-            found |= {"row_ids": row_ids.data.ptr, "key_ids": key_ids.data.ptr}
+            found["row_ids"] = self.workspace(2 * p.batch * row_tiles, np.int64)
+            found["key_ids"] = self.workspace(2 * p.batch * column_tiles, np.int64)
             blocks += p.batch * (row_tiles + column_tiles)
         if blocks:
             tile = {"tile_rows": config.Br, "tile_keys": config.Bc}
@@ -420,7 +494,7 @@ class _Call:
         if offset is None:
             offset = 0
         elif type(offset) is not int:
-            offset, offsets = 0, offset.data.ptr
+            offset, offsets = 0, offset.address
         seed, seed_at, threshold, keep_scale = 0, 0, 0, 1.0
         if p.dropout_p:
             threshold = math.ceil(p.dropout_p * 2**32)
@@ -428,7 +502,7 @@ class _Call:
             if type(p.seed) is int:
                 seed = p.seed
             else:
-                seed_at = p.seed.data.ptr
+                seed_at = p.seed.address
         return (
             p.batch, p.Hq, p.Hkv, p.group, p.Lq, p.Lk, p.D, p.Dv, p.scale, p.softcap,
             -1 if p.window_left is None else p.window_left,
@@ -440,17 +514,17 @@ class _Call:
             seed, seed_at, threshold, keep_scale,
         )  # fmt: skip
 
-    def array(self, array: Any) -> tuple[int, ...]:
+    def array(self, array: Layout) -> tuple[int, ...]:
         """An array (..., heads, rows, columns) as `Array` in kernels/arrays.cuh has it."""
         return self._described(array, 3)
 
-    def rows(self, array: Any) -> tuple[int, ...]:
+    def rows(self, array: Layout) -> tuple[int, ...]:
         """An array (..., heads, rows), likewise."""
         return self._described(array, 2)
 
-    def _described(self, array: Any, axes: int) -> tuple[int, ...]:
+    def _described(self, array: Layout, axes: int) -> tuple[int, ...]:
         shape, strides = array.shape, array.strides
-        found = _describe(array.data.ptr, shape, strides, array.itemsize, axes)
+        found = _describe(array.address, shape, strides, array.itemsize, axes)
         if found[2] is not None:
             return found
         lead = shape[:-axes]
@@ -460,9 +534,4 @@ class _Call:
     def offsets(self, shape: tuple[int, ...], steps: Sequence[int], drop: Sequence[bool]) -> int:
         """The address of a table: sums of index x step over the axes not dropped, in C order."""
         axes = [(n, step) for n, step, dropped in zip(shape, steps, drop) if not dropped]
-        table = cupy.zeros([n for n, _ in axes], np.int64)
-        for axis, (n, step) in enumerate(axes):
-            along = [1] * axis + [n] + [1] * (len(axes) - axis - 1)
-            table += (cupy.arange(n, dtype=np.int64) * step).reshape(along)
-        self.alive.append(table)
-        return table.data.ptr
+        return self.table(tuple(n for n, _ in axes), tuple(step for _, step in axes))

@@ -72,6 +72,11 @@ SIZE = _OF_LAUNCH + _LAUNCH.size
 _ARRAY_OFFSETS = {name: i * _ARRAY.size for i, name in enumerate(ARRAYS)}
 _LAUNCH_INDEX = {name: i for i, name in enumerate(LAUNCH)}
 
+# The words that hold addresses, and the one of `seed`, which differs from call to call like them.
+_FIELDS = [*(("char*", "const i64*") + ("i64",) * (len(ARRAY_FIELDS) - 2)) * len(ARRAYS)]
+_FIELDS += [kind if name != "seed" else "u64*" for name, kind in (OPTIONS | LAUNCH).items()]
+ADDRESSES = tuple(word for word, kind in enumerate(_FIELDS) if kind.endswith("*"))
+
 
 def pack(
     block: np.ndarray, arrays: dict[str, tuple[int, ...]], options: tuple[Any, ...],

@@ -41,7 +41,7 @@ def _encode() -> Any:
 
 @functools.lru_cache(4096)
 def tensor_map(
-    dtype: str, pointer: int, columns: int, rows: int, heads: int, batches: int,
+    pointer: int, dtype: str, columns: int, rows: int, heads: int, batches: int,
     row: int, head: int, batch: int, box: int,
 ) -> TensorMap | None:  # fmt: skip
     """The map of an array (batches, heads, rows, columns) with strides in bytes, for tiles of `box`
