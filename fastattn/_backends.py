@@ -84,6 +84,13 @@ def namespace_of(array: Any) -> ModuleType:
     return np if type(array) is np.ndarray else sys.modules["cupy"]
 
 
+def empty_like(array: Any, shape: tuple[int, ...]) -> Any:
+    """An array of another shape that is laid out in memory as a checked one is."""
+    if array.flags.c_contiguous:
+        return type(array)(shape, array.dtype)  # in half the time
+    return namespace_of(array).empty_like(array, shape=shape)
+
+
 def arithmetic_on(array: Any) -> AbstractContextManager[Any]:
     """What operations on an array run in: on its device with CuPy, without NumPy's warnings."""
     if type(array) is np.ndarray or type(array) not in PLAIN_ARRAYS:

@@ -213,7 +213,8 @@ def make_problem(
 
     if seed is not None:
         seed = _seed(seed, names[0], q)
-    dropout_p = _real("dropout_p", dropout_p)
+    if type(dropout_p) is not float:
+        dropout_p = _real("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:  # NaN as well
         raise ValueError(f"dropout_p must be a probability, 0 to 1, got {dropout_p}")
     if dropout_p == 0.0:
@@ -225,7 +226,9 @@ def make_problem(
     if num_threads is not None:
         num_threads = thread_count("num_threads", num_threads)
 
-    if type(q) is not np.ndarray:
+    if type(q) is not np.ndarray and not (
+        causal_offset is q_lens is kv_lens is q_segment_ids is kv_segment_ids is None
+    ):
         causal_offset, q_lens, kv_lens, q_segment_ids, kv_segment_ids = (
             to_device(array, q) if type(array) is np.ndarray else array
             for array in (causal_offset, q_lens, kv_lens, q_segment_ids, kv_segment_ids)
@@ -271,7 +274,9 @@ def as_array(name: str, value: Any, written: bool = False) -> Array:
 
 def beside(name: str, value: Any, q_name: str, q: Array, written: bool = False) -> Array:
     """An array argument as `as_array` has it, of the library and on the device of q."""
-    if type(value) is np.ndarray is type(q):
+    if type(value) is type(q) and (
+        type(q) is np.ndarray or value.data.device_id == q.data.device_id
+    ):
         return value
     array = as_array(name, value, written)
     check_place(name, array, q_name, q)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn._backends import arithmetic_on, backend_of, is_elsewhere, namespace_of
+from fastattn._backends import arithmetic_on, backend_of, empty_like, is_elsewhere, namespace_of
 from fastattn._problem import (
     Problem,
     as_array,
@@ -376,17 +376,15 @@ def _forward(
 ) -> AttentionResult:
     """Allocate what was not given, and have it filled; out is laid out in memory as q is."""
     q = problem.q
-    xp = np
-    if type(q) is not np.ndarray:
-        if is_elsewhere(q):  # CuPy allocates on the current device
-            with arithmetic_on(q):
-                return _forward(problem, out, lse)
-        xp = namespace_of(q)
+    if type(q) is not np.ndarray and is_elsewhere(q):  # CuPy allocates on the current device
+        with arithmetic_on(q):
+            return _forward(problem, out, lse)
     try:
+        rows = q.shape[:-1]
         if out is None:
-            out = xp.empty_like(q, shape=(*q.shape[:-1], problem.Dv))
+            out = empty_like(q, (*rows, problem.Dv))
         if lse is None:
-            lse = xp.empty(q.shape[:-1], problem.acc)
+            lse = type(q)(rows, problem.acc)
     except ValueError as error:  # what NumPy says to more bytes than there are addresses
         shape = (*q.shape[:-1], problem.Dv)
         raise MemoryError(f"no memory for results of shape {shape}: {error}") from error
@@ -538,9 +536,9 @@ def _backward(
         with arithmetic_on(q):
             return _backward(problem, dout, out, lse, dlse, wanted, bias, sinks, alibi_slopes)
     xp = namespace_of(q)
-    dq = xp.empty_like(q) if "q" in wanted else None
-    dk = xp.empty_like(problem.k) if "k" in wanted else None
-    dv = xp.empty_like(problem.v) if "v" in wanted else None
+    dq = empty_like(q, q.shape) if "q" in wanted else None
+    dk = empty_like(problem.k, problem.k.shape) if "k" in wanted else None
+    dv = empty_like(problem.v, problem.v.shape) if "v" in wanted else None
     dbias = dbias_of_scores = None
     if "bias" in wanted:
         dbias = xp.empty_like(as_array("bias", bias))

@@ -479,7 +479,7 @@ def test_tensor_maps_say_where_the_array_is(monkeypatch):
 
     monkeypatch.setattr(tensor_maps, "_encode", lambda: encode)
     def make(pointer, *rest):
-        return tensor_maps.tensor_map.__wrapped__(pointer, "bfloat16", *rest)
+        return tensor_maps.tensor_map(pointer, tensor_maps.Tiles("bfloat16", *rest))
 
     found = make(1024, 72, 300, 4, 2, 144, 43200, 172800, 128)
     assert told == [(9, 4, 1024, (72, 300, 4, 2), (144, 43200, 172800), (64, 128, 1, 1))]
@@ -750,3 +750,116 @@ def test_a_mask_without_keys_is_not_looked_at(call):
     chosen = config.choose("forward", 80, "sm_80", "float16", "bools", 64, 64)
     call.launch = None  # would be called
     assert call.survey(chosen, {"attn_mask": (0, 0, 0, 0, 0, 0, 0)}) == {}
+
+
+# ---- plans -----------------------------------------------------------------------------------
+
+
+class Memory:
+    """An allocator whose addresses are made up, and that says what was asked for."""
+
+    def __init__(self, start):
+        self.next, self.sizes = start, []
+
+    def __call__(self, size):
+        import cupy
+
+        start, self.next = self.next, self.next + -(-size // 512) * 512
+        self.sizes.append(size)
+        return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(start, size, self, 0), 0)
+
+
+@pytest.fixture
+def launches(driver, device, monkeypatch):
+    """What kernels would be launched with, in the order of their launches, on a device that is made up."""
+    launches = []
+
+    def launch(function, *rest):
+        *grid, shared, stream, at, _ = rest
+        words, *maps = (ctypes.c_uint64 * 5).from_address(at)
+        taken = {"hopper_forward": 3, "hopper_backward_q": 4, "hopper_backward_kv": 4}
+        maps = [ctypes.string_at(x, 128) for x in maps[: taken.get(function, 0)]]
+        launches.append((function, grid, shared, ctypes.string_at(words, params.SIZE), maps))
+
+    def encode(address, kind, rank, pointer, *rest):
+        ctypes.memmove(address, struct.pack("qqq", kind, rank, pointer), 24)
+        return 0
+
+    def load(_, config):
+        return device.Kernel(config.kernel, config.threads, config.shared_bytes, None)
+
+    one, cupy = device.Device(0, 90, "sm_90a", 132), driver.cupy
+    monkeypatch.setattr(device, "driver", types.SimpleNamespace(launchKernel=launch))
+    monkeypatch.setattr(device.arguments, "bound", True)
+    monkeypatch.setattr(driver, "load", load)
+    monkeypatch.setattr(driver, "device_of", lambda number: one)
+    monkeypatch.setattr(driver, "_plans", {})
+    monkeypatch.setattr(tensor_maps, "_encode", lambda: encode)
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: types.SimpleNamespace(ptr=7))
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
+    monkeypatch.setattr(cupy.cuda.runtime, "memsetAsync", lambda *args: launches.append(args))
+    return launches
+
+
+def fake_call(cupy, start, dtype, shape, options, seed):
+    """A forward and a backward of arrays that begin at `start`; the sizes of their workspace."""
+    from fastattn.attention import attention_backward, attention_forward
+
+    memory = Memory(start)
+    with cupy.cuda.using_allocator(memory):
+        Hq, Lq, Lk, D = shape
+        q, k = cupy.ndarray((2, Hq, Lq, D), dtype), cupy.ndarray((2, Lk, 2, D), dtype)
+        k, v = k.swapaxes(1, 2), cupy.ndarray((2, 2, Lk, D), dtype)
+        given = {name: make(cupy) for name, make in options.items()}
+        if "dropout_p" in given:
+            given["seed"] = seed
+        wrt = ["q", "k", "v", *(n for n in ("bias", "sinks", "alibi_slopes") if n in given)]
+        memory.sizes.clear()
+        out, lse = attention_forward(q, k, v, **given)
+        attention_backward(q, q, k, v, out, lse, wrt=wrt, **given)
+    return memory.sizes
+
+
+FAKE_OPTIONS = {
+    "none": {},
+    "causal": {"is_causal": lambda cp: True, "scale": lambda cp: 0.5},
+    "mask": {"attn_mask": lambda cp: cp.ndarray((2, 1, 300, 1100), np.bool_)},
+    "bias": {"bias": lambda cp: cp.ndarray((8, 1, 1100), np.float32)},
+    "dropout": {"dropout_p": lambda cp: 0.5},
+    "lens": {
+        "q_lens": lambda cp: cp.ndarray(2, np.int64), "kv_lens": lambda cp: cp.ndarray(2, np.int64)
+    },
+    "segments": {
+        "q_segment_ids": lambda cp: cp.ndarray((2, 300), np.int64),
+        "kv_segment_ids": lambda cp: cp.ndarray((2, 1100), np.int64),
+    },
+    "heads": {
+        "sinks": lambda cp: cp.ndarray(8, np.float32),
+        "alibi_slopes": lambda cp: cp.ndarray(8, np.float32), "softcap": lambda cp: 3.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("name", FAKE_OPTIONS)
+def test_a_plan_is_filled_in_as_if_it_was_made_for_the_call(name, dtype, launches, driver):
+    for shape in ((8, 300, 1100, 64), (8, 300, 1100, 40), (8, 1, 1100, 128)):
+        options = FAKE_OPTIONS[name]
+        if shape[1] == 1 and name in ("mask", "segments"):
+            continue
+        places = (0x7F0000000000, 0x7E1230000000)
+        calls = [(driver.cupy, place, dtype, shape, options, place) for place in places]
+        anew = []
+        for call in calls:
+            driver._plans.clear()
+            launches.clear()
+            sizes = fake_call(*call)
+            assert sizes
+            anew.append((list(launches), sizes))
+        assert anew[0][0] != anew[1][0] and anew[0][1] == anew[1][1]
+        made = len(driver._plans)
+        for call, expected in zip(calls, anew):
+            launches.clear()
+            sizes = fake_call(*call)
+            assert (launches, sizes) == expected
+        assert len(driver._plans) == made == 2

@@ -27,7 +27,7 @@ from fastattn._gpu.config import HOPPER_KERNELS, SMALL_KERNELS, Config, careful,
 from fastattn._gpu.device import Device, arguments, device_of, load
 from fastattn._gpu.params import ARRAY_FIELDS, NO_ARRAY, pack
 from fastattn._gpu.plan import ALIGNMENT, Layout, Plan, Planner, stand_in
-from fastattn._gpu.tensor_maps import tensor_map
+from fastattn._gpu.tensor_maps import Tiles, tensor_map
 from fastattn._problem import Problem
 
 LONGEST = 1 << 29  # rows or keys: positions are 32-bit in kernels, and twice that is "far"
@@ -363,7 +363,7 @@ class _Call(Planner):
 
     def launch(
         self, config: Config, blocks: int, arrays: dict[str, Any], scalars: dict[str, Any],
-        maps: tuple[tuple[Any, ...], ...] = (),
+        maps: tuple[tuple[int, Tiles], ...] = (),
     ) -> None:  # fmt: skip
         shared = config.shared_bytes
         if config.options:
@@ -378,9 +378,9 @@ class _Call(Planner):
 
     def maps(
         self, config: Config, arrays: dict[str, Any], names: tuple[str, ...]
-    ) -> tuple[tuple[Any, ...], ...] | None:
-        """What `tensor_map` takes for some inputs in a configuration's tiles; None where one has no
-        map."""
+    ) -> tuple[tuple[int, Tiles], ...] | None:
+        """Where some inputs are, and their tiles for a configuration, of which there are to be
+        tensor maps; None where one has none."""
         p, found = self.problem, []
         for name in names:
             rows, heads, box = (
@@ -390,10 +390,10 @@ class _Call(Planner):
             pointer, batches, batch, head, row, _, access = arrays[name]
             if batches or access != _VECTORS:
                 return None
-            rest = (p.dtype, columns, rows, heads, p.batch, row, head, batch, box)
-            if tensor_map(self.actual(pointer), *rest) is None:
+            tiles = Tiles(p.dtype, columns, rows, heads, p.batch, row, head, batch, box)
+            if tensor_map(self.actual(pointer), tiles) is None:
                 return None
-            found.append((pointer, *rest))
+            found.append((pointer, tiles))
         return tuple(found)
 
     def inputs(self) -> dict[str, tuple[int, ...]]:

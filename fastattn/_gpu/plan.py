@@ -16,7 +16,7 @@ import numpy as np
 
 from fastattn._gpu.device import Kernel, arguments, launch
 from fastattn._gpu.params import ADDRESSES
-from fastattn._gpu.tensor_maps import tensor_map
+from fastattn._gpu.tensor_maps import Tiles, tensor_map
 
 ALIGNMENT = 16  # what is known of an address: the rest of its division by this
 
@@ -68,7 +68,7 @@ class Launch(NamedTuple):
     # that of the launch before.
     argument: memoryview | None
     addresses: tuple[tuple[int, int, int], ...]
-    maps: tuple[tuple[Any, ...], ...]  # slot, offset, and what else `tensor_map` takes
+    maps: tuple[tuple[int, int, Tiles], ...]  # slots and offsets
 
     def start(self, slots: list[int], stream: int) -> None:
         if self.argument is not None:
@@ -76,7 +76,7 @@ class Launch(NamedTuple):
             words[:] = self.argument
             for word, slot, offset in self.addresses:
                 words[word] = slots[slot] + offset
-        maps = [tensor_map(slots[slot] + offset, *rest) for slot, offset, *rest in self.maps]
+        maps = [tensor_map(slots[slot] + offset, tiles) for slot, offset, tiles in self.maps]
         launch(self.kernel, self.blocks, self.shared, stream, maps)
 
 
@@ -143,7 +143,7 @@ class Planner:
 
     def add(
         self, kernel: Kernel, blocks: int, shared: int, block: np.ndarray | None,
-        maps: tuple[tuple[Any, ...], ...] = (),
+        maps: tuple[tuple[int, Tiles], ...] = (),
     ) -> None:  # fmt: skip
         """A launch with an argument of stand-ins, or that of the launch before."""
         argument, addresses = None, ()
@@ -152,8 +152,8 @@ class Planner:
             addresses = tuple((at, *_place(int(block[at]))) for at in ADDRESSES if block[at])
             argument[[at for at, _, _ in addresses]] = 0
             argument = memoryview(argument)
-        maps = tuple((*_place(address), *rest) for address, *rest in maps)
-        self._steps.append(Launch(kernel, blocks, shared, argument, addresses, maps))
+        placed = tuple((*_place(address), tiles) for address, tiles in maps)
+        self._steps.append(Launch(kernel, blocks, shared, argument, addresses, placed))
 
 
 def _place(address: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,24 +40,38 @@ def _encode() -> Any:
     return function
 
 
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """How tiles of `box` rows lie in an array (batches, heads, rows, columns) with strides in
+    bytes, whose columns lie side by side. One is equal to itself alone, which is quick to see."""
+
+    dtype: str
+    columns: int
+    rows: int
+    heads: int
+    batches: int
+    row: int
+    head: int
+    batch: int
+    box: int
+
+
 @functools.lru_cache(4096)
-def tensor_map(
-    pointer: int, dtype: str, columns: int, rows: int, heads: int, batches: int,
-    row: int, head: int, batch: int, box: int,
-) -> TensorMap | None:  # fmt: skip
-    """The map of an array (batches, heads, rows, columns) with strides in bytes, for tiles of `box`
-    rows; None where the copy engine cannot take the array. Columns lie side by side."""
-    strides = [step if n > 1 else 16 for n, step in ((rows, row), (heads, head), (batches, batch))]
+def tensor_map(pointer: int, tiles: Tiles) -> TensorMap | None:
+    """The map of an array; None where the copy engine cannot take it."""
+    axes = [(tiles.columns, 0), (tiles.rows, tiles.row), (tiles.heads, tiles.head)]
+    axes += [(tiles.batches, tiles.batch)]
+    strides = [step if n > 1 else 16 for n, step in axes[1:]]
     if pointer % 16 or not all(0 <= step < _FARTHEST and step % 16 == 0 for step in strides):
         return None
-    sizes = np.array([columns, rows, heads, batches], np.uint64)
+    sizes = np.array([n for n, _ in axes], np.uint64)
     steps = np.array(strides, np.uint64)
-    boxes = np.array([_PANEL, box, 1, 1], np.uint32)
+    boxes = np.array([_PANEL, tiles.box, 1, 1], np.uint32)
     ones = np.ones(4, np.uint32)
     storage = np.zeros(_BYTES + _ALIGNMENT, np.uint8)
     address = -(-storage.ctypes.data // _ALIGNMENT) * _ALIGNMENT
     error = _encode()(
-        address, _TYPES[dtype], 4, pointer,
+        address, _TYPES[tiles.dtype], 4, pointer,
         *(x.ctypes.data for x in (sizes, steps, boxes, ones)),
         0, _SWIZZLE, _PROMOTION, 0,
     )  # fmt: skip
