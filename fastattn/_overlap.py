@@ -31,13 +31,14 @@ class _Addresses:
         }
 
 
-def _as_numpy(a: Any) -> np.ndarray:
+def addresses(a: Any) -> np.ndarray:
+    """An ndarray of the elements' addresses, for what follows; its memory is not to be touched."""
     return a if isinstance(a, np.ndarray) else np.asarray(_Addresses(a))
 
 
 def overlap(a: Any, b: Any) -> bool:
     """Whether a byte belongs to an element of both; True too where the search would not end."""
-    a, b = _as_numpy(a), _as_numpy(b)
+    a, b = addresses(a), addresses(b)
     if not np.may_share_memory(a, b) or _interleaved(a, b):
         return False
     try:
@@ -48,7 +49,9 @@ def overlap(a: Any, b: Any) -> bool:
 
 def overlaps_itself(a: Any) -> bool:
     """Whether two elements of one array have a byte in common, as along an axis of stride 0."""
-    a = _as_numpy(a)
+    a = addresses(a)
+    if a.flags.c_contiguous:
+        return False
     reach = a.itemsize
     for stride, length in sorted((abs(s), n) for s, n in zip(a.strides, a.shape) if n > 1):
         if stride < reach:

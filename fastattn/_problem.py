@@ -31,7 +31,7 @@ from fastattn._backends import (
     to_device,
 )
 from fastattn._dlpack import from_dlpack, is_on_device, refuse_read_only
-from fastattn._overlap import overlap, overlaps_itself
+from fastattn._overlap import addresses, overlap, overlaps_itself
 
 Array = Any  # checked: an ndarray or a cupy.ndarray
 
@@ -597,18 +597,19 @@ def check_outputs(problem: Problem, out: Any, inputs: dict[str, Any]) -> tuple[A
         results["out[1] (lse)"] = _result("out[1] (lse)", lse, q, out_shape[:-1], [problem.acc])
 
     given = {
-        name: as_array(name, value)
+        name: addresses(as_array(name, value))
         for name, value in inputs.items()
         if value is not None and _is_array(value)
     }
-    for name, result in results.items():
+    for name, array in results.items():
+        result = addresses(array)
         if overlaps_itself(result):
             raise ValueError(
                 f"{name} has elements that share memory with one another (strides "
                 f"{result.strides}): each needs memory of its own"
             )
-        for other, array in given.items():
-            if overlap(result, array):
+        for other, taken in given.items():
+            if overlap(result, taken):
                 raise ValueError(
                     f"{name} shares an element with {other}: it needs memory of its own"
                 )

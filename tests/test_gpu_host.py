@@ -1,7 +1,6 @@
 """What the host does for GPU kernels: choosing, cutting work, describing arrays. Needs no GPU."""
 
 import ctypes
-import functools
 import importlib.resources
 import inspect
 import itertools
@@ -478,6 +477,7 @@ def test_tensor_maps_say_where_the_array_is(monkeypatch):
         return 0
 
     monkeypatch.setattr(tensor_maps, "_encode", lambda: encode)
+
     def make(pointer, *rest):
         return tensor_maps.tensor_map(pointer, tensor_maps.Tiles("bfloat16", *rest))
 
@@ -771,7 +771,7 @@ class Memory:
 
 @pytest.fixture
 def launches(driver, device, monkeypatch):
-    """What kernels would be launched with, in the order of their launches, on a device that is made up."""
+    """What kernels would be launched with, in this order, on a device that is made up."""
     launches = []
 
     def launch(function, *rest):

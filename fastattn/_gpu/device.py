@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import cupy
@@ -128,19 +127,18 @@ arguments = _Arguments()
 
 
 def launch(
-    kernel: Kernel, blocks: int, shared: int, stream: int, maps: Iterable[TensorMap] = ()
+    kernel: Kernel, blocks: int, shared: int, stream: int, maps: list[TensorMap] | None = None
 ) -> None:
     """Start a kernel with the thread's `arguments`, and tensor maps if it takes any."""
-    mine = arguments
-    place = 1
-    for found in maps:
-        mine.pointers[place] = found.address
-        place += 1
-    if not mine.bound:
+    if maps:
+        pointers = arguments.pointers
+        for place, found in enumerate(maps, 1):
+            pointers[place] = found.address
+    if not arguments.bound:
         cupy.cuda.runtime.setDevice(cupy.cuda.runtime.getDevice())
-        mine.bound = True
+        arguments.bound = True
     driver.launchKernel(
-        kernel.function, blocks, 1, 1, kernel.threads, 1, 1, shared, stream, mine.address, 0
+        kernel.function, blocks, 1, 1, kernel.threads, 1, 1, shared, stream, arguments.address, 0
     )
 
 

@@ -55,9 +55,7 @@ def backward(
     """Fill the gradients that are not None."""
     p = problem
     if p.batch * p.Hq * p.Lq:
-        _start(
-            _backward, problem, dout, out, lse, dlse, dq, dk, dv, dbias, dsinks, dalibi_slopes
-        )
+        _start(_backward, problem, dout, out, lse, dlse, dq, dk, dv, dbias, dsinks, dalibi_slopes)
         return
     for gradient in (dk, dv, dsinks, dalibi_slopes):
         if gradient is not None and gradient.size:
@@ -83,42 +81,46 @@ _remembering = threading.Lock()
 def _start(plan: Callable[..., None], problem: Problem, *results: Any) -> None:
     """Do what `plan` plans for such calls; `results` are what it takes beside the problem."""
     device = problem.q.data.device_id
-    slots: list[int] = []
-    key: list[Any] = [plan, device, _numbers_of(problem)]
-    ndarray = cupy.ndarray
     arrays = (*_arrays_of(problem), *results)
-    for array in arrays:
-        if type(array) is ndarray:
-            address = array.data.ptr
-            slots.append(address & -ALIGNMENT)
-            key += (array.strides, array.dtype.num, address % ALIGNMENT if address else -1)
-        else:  # absent, or an int
-            slots.append(0)
-            key.append(array)
+    slots = [0] * len(arrays)
+    key = [plan, device, _numbers_of(problem)]
+    for slot, array in enumerate(arrays):
+        if array is None:
+            continue
+        if type(array) is int:
+            key += slot, array
+            continue
+        address = array.data.ptr
+        slots[slot] = address & -ALIGNMENT
+        key += slot, array.strides, array.dtype.num, address % ALIGNMENT if address else -1
     if problem.dropout_p and type(problem.seed) is int:
-        slots[0], key[3] = problem.seed - (problem.seed >> 63 << 64), "host"
+        slots[0], key[4] = problem.seed - (problem.seed >> 63 << 64), "host"
     kind = tuple(key)
     found = _plans.get(kind)
     if found is None:
-        layouts = [
-            array if type(array) is not ndarray
-            else Layout(
-                stand_in(slot, array.data.ptr % ALIGNMENT) if array.data.ptr else 0,
-                array.shape, array.strides, array.dtype,
-            )
-            for slot, array in enumerate(arrays)
-        ]  # fmt: skip
-        if key[3] == "host":
-            layouts[0] = stand_in(0)
-        given = problem._replace(**dict(zip(_ARRAYS, layouts)))
-        call = _Call(given, device_of(device), slots)
-        plan(call, *layouts[len(_ARRAYS) :])
-        found = call.plan()
+        found = _planned(plan, problem, arrays, slots)
         with _remembering:
             if len(_plans) >= _MOST_PLANS:
                 del _plans[next(iter(_plans))]
             _plans[kind] = found
     found.start(slots, cupy.cuda.get_current_stream().ptr)
+
+
+def _planned(
+    plan: Callable[..., None], problem: Problem, arrays: tuple[Any, ...], slots: list[int]
+) -> Plan:
+    """The plan of calls of which these are the arrays of the first, and what is in their slots."""
+    layouts = list(arrays)
+    for slot, array in enumerate(arrays):
+        if type(array) is cupy.ndarray:
+            address = array.data.ptr and stand_in(slot, array.data.ptr % ALIGNMENT)
+            layouts[slot] = Layout(address, array.shape, array.strides, array.dtype)
+    if problem.dropout_p and type(problem.seed) is int:
+        layouts[0] = stand_in(0)
+    given = problem._replace(**dict(zip(_ARRAYS, layouts)))
+    call = _Call(given, device_of(problem.q.data.device_id), slots)
+    plan(call, *layouts[len(_ARRAYS) :])
+    return call.plan()
 
 
 def _forward(call: _Call, out: Layout, lse: Layout) -> None:

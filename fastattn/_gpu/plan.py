@@ -76,7 +76,9 @@ class Launch(NamedTuple):
             words[:] = self.argument
             for word, slot, offset in self.addresses:
                 words[word] = slots[slot] + offset
-        maps = [tensor_map(slots[slot] + offset, tiles) for slot, offset, tiles in self.maps]
+        maps = None
+        if self.maps:
+            maps = [tensor_map(slots[slot] + offset, tiles) for slot, offset, tiles in self.maps]
         launch(self.kernel, self.blocks, self.shared, stream, maps)
 
 
