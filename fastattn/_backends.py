@@ -41,6 +41,8 @@ class Backend(Protocol):
 
 # The class of a checked array -> its backend. CuPy's joins when it is imported.
 _BACKENDS: dict[type, Backend] = {np.ndarray: _cpu}
+# Likewise, where a forward without `out` may be like one that was done; see the GPU's driver.
+_AGAIN: dict[type, ModuleType] = {}
 # The classes of checked arrays: those of the table, now and later.
 PLAIN_ARRAYS = _BACKENDS.keys()
 
@@ -70,13 +72,25 @@ def load_cupy() -> ModuleType:
         except (ImportError, AttributeError) as error:
             problem = f"{cupy.__version__} lacks something: {error}"
             raise ImportError(_NEEDS_CUPY % problem, name="cupy") from error
-        _BACKENDS[cupy.ndarray] = driver
+        _BACKENDS[cupy.ndarray] = _AGAIN[cupy.ndarray] = driver
     return cupy
 
 
 def backend_of(array: Any) -> Backend:
     """The backend that serves a checked array."""
     return _BACKENDS[type(array)]
+
+
+def forward_again(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The kind of a forward that is to be remembered, else None; and (out, lse) where one of that
+    kind was done before, else None. The arguments may be anything."""
+    driver = _AGAIN.get(type(q))
+    return (None, None) if driver is None else driver.forward_again(q, k, v, options)
+
+
+def remember_forward(kind: Any, problem: Problem, out: Any, lse: Any) -> None:
+    """Have the next forward of a kind done at once."""
+    _AGAIN[type(out)].remember_forward(kind, problem, out, lse)
 
 
 def namespace_of(array: Any) -> ModuleType:

@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn._backends import arithmetic_on, backend_of, empty_like, is_elsewhere, namespace_of
+from fastattn._backends import (
+    arithmetic_on,
+    backend_of,
+    empty_like,
+    forward_again,
+    is_elsewhere,
+    namespace_of,
+    remember_forward,
+)
 from fastattn._problem import (
     Problem,
     as_array,
@@ -150,13 +158,11 @@ def scaled_dot_product_attention(
     headless = query.ndim == key.ndim == value.ndim == 2
     if headless:
         query, key, value = query[None], key[None], value[None]
-    problem = make_problem(
-        query, key, value, attn_mask, bias, is_causal, causal_offset, window_size,
-        q_lens, kv_lens, q_segment_ids, kv_segment_ids, scale, softcap, alibi_slopes, sinks,
-        dropout_p, seed, True, None, names,
+    options = (
+        attn_mask, bias, is_causal, causal_offset, window_size, q_lens, kv_lens, q_segment_ids,
+        kv_segment_ids, scale, softcap, alibi_slopes, sinks, dropout_p, seed, True, None,
     )  # fmt: skip
-    check_gqa(problem, enable_gqa, names)
-    out = _forward(problem).out
+    out = _attend(query, key, value, options, enable_gqa, names).out
     return out[0] if headless else out
 
 
@@ -355,13 +361,13 @@ def attention_forward(
     >>> result.out is slot
     True
     """
-    problem = make_problem(
-        q, k, v, attn_mask, bias, is_causal, causal_offset, window_size,
-        q_lens, kv_lens, q_segment_ids, kv_segment_ids, scale, softcap, alibi_slopes, sinks,
-        dropout_p, seed, True, num_threads,
+    options = (
+        attn_mask, bias, is_causal, causal_offset, window_size, q_lens, kv_lens, q_segment_ids,
+        kv_segment_ids, scale, softcap, alibi_slopes, sinks, dropout_p, seed, True, num_threads,
     )  # fmt: skip
     if out is None:
-        return _forward(problem)
+        return _attend(q, k, v, options)
+    problem = make_problem(q, k, v, *options)
     inputs = {
         "q": q, "k": k, "v": v, "attn_mask": attn_mask, "bias": bias,
         "causal_offset": causal_offset, "q_lens": q_lens, "kv_lens": kv_lens,
@@ -369,6 +375,24 @@ def attention_forward(
         "alibi_slopes": alibi_slopes, "sinks": sinks, "seed": seed,
     }  # fmt: skip
     return _forward(problem, *check_outputs(problem, out, inputs))
+
+
+def _attend(
+    q: Any, k: Any, v: Any, options: tuple[Any, ...], enable_gqa: Any = True,
+    names: tuple[str, str, str] = ("q", "k", "v"),
+) -> AttentionResult:  # fmt: skip
+    """A forward without `out`; `options` are as `make_problem` takes them."""
+    kind = None
+    if type(q) is not np.ndarray:
+        kind, results = forward_again(q, k, v, (*options, enable_gqa))
+        if results is not None:
+            return AttentionResult(*results)
+    problem = make_problem(q, k, v, *options, names)
+    check_gqa(problem, enable_gqa, names)
+    result = _forward(problem)
+    if kind is not None:
+        remember_forward(kind, problem, *result)
+    return result
 
 
 def _forward(

@@ -74,6 +74,7 @@ def no_plans(monkeypatch):
             return None
 
     monkeypatch.setattr(driver, "_plans", Forgetful())
+    monkeypatch.setattr(driver, "_known", Forgetful())
 
 
 def needs(free, size):

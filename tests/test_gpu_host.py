@@ -794,6 +794,7 @@ def launches(driver, device, monkeypatch):
     monkeypatch.setattr(driver, "load", load)
     monkeypatch.setattr(driver, "device_of", lambda number: one)
     monkeypatch.setattr(driver, "_plans", {})
+    monkeypatch.setattr(driver, "_known", {})
     monkeypatch.setattr(tensor_maps, "_encode", lambda: encode)
     monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: types.SimpleNamespace(ptr=7))
     monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
@@ -852,9 +853,9 @@ def test_a_plan_is_filled_in_as_if_it_was_made_for_the_call(name, dtype, launche
         anew = []
         for call in calls:
             driver._plans.clear()
+            driver._known.clear()
             launches.clear()
             sizes = fake_call(*call)
-            assert sizes
             anew.append((list(launches), sizes))
         assert anew[0][0] != anew[1][0] and anew[0][1] == anew[1][1]
         made = len(driver._plans)
@@ -863,3 +864,51 @@ def test_a_plan_is_filled_in_as_if_it_was_made_for_the_call(name, dtype, launche
             sizes = fake_call(*call)
             assert (launches, sizes) == expected
         assert len(driver._plans) == made == 2
+        assert len(driver._known) == (name in ("none", "causal"))
+
+
+def test_what_is_known_is_known_by_all_that_it_depends_on(launches, driver):
+    """Each change gives another result or error than the call that was done before it."""
+    from fastattn import scaled_dot_product_attention
+    from fastattn.attention import attention_forward
+
+    cupy = driver.cupy
+    with cupy.cuda.using_allocator(Memory(0x7F0000000000)):
+        q, k, v = (cupy.ndarray((2, 4, 300, 64), np.float16) for _ in range(3))
+        few = [cupy.ndarray((2, 2, 300, 64), np.float16) for _ in range(2)]
+
+        def done(*arrays, function=attention_forward, **options):
+            launches.clear()
+            out = function(*arrays, **options)
+            return launches[0][3], getattr(out, "out", out)
+
+        for options in ({}, {}, {"is_causal": True}, {"scale": 1.0}, {"causal_offset": 1}):
+            done(q, k, v, **options)
+            done(q, k, v, function=scaled_dot_product_attention, **options)
+        assert len(driver._known) == 8
+        for wrong in (
+            {"is_causal": 1}, {"is_causal": None}, {"scale": True}, {"causal_offset": True},
+            {"causal_offset": 1.0}, {"num_threads": 0}, {"seed": -1}, {"dropout_p": 0.5},
+            {"attn_mask": object()}, {"kv_lens": [301, 0]}, {"kv_lens": 301}, {"softcap": -1.0},
+        ):  # fmt: skip
+            with pytest.raises((TypeError, ValueError)):
+                attention_forward(q, k, v, **wrong)
+        done(q, *few, function=scaled_dot_product_attention, enable_gqa=True)
+        with pytest.raises(ValueError, match="enable_gqa"):
+            scaled_dot_product_attention(q, *few)
+        with pytest.raises(TypeError, match="enable_gqa"):
+            scaled_dot_product_attention(q, *few, enable_gqa=1)
+        with pytest.raises(ValueError, match="same length"):
+            attention_forward(q, k, v[:, :, :200])
+        for change in (
+            lambda x: x[:, :, ::-1], lambda x: x.swapaxes(0, 1)[:2, :2], lambda x: x[:, :, :200],
+            lambda x: x.view(np.int16).view("float16")[..., :32],
+        ):  # fmt: skip
+            changed = [change(x) for x in (q, k, v)]
+            new = done(*changed)[0]
+            assert new not in (done(q, k, v)[0], done(*changed, is_causal=True)[0])
+            out = done(*changed)[1]
+            assert out.shape == changed[0].shape
+            again = done(*changed)[1]
+            assert (again.shape, again.strides, again.dtype) == (out.shape, out.strides, out.dtype)
+            assert again.data.ptr != out.data.ptr
