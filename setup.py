@@ -46,7 +46,9 @@ FASTATTN_NO_OPENMP=1 builds without OpenMP: one thread only."""
 
 def isa_flags(cc: list[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
     """What the compiler is told for each ISA, and why some can't be built."""
-    x86 = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+    bf16 = [*AVX512, "-mavx512bf16"]
+    amx = [*bf16, "-mamx-tile", "-mamx-bf16"]
+    x86 = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": bf16, "amx": amx}
     flags: dict[str, list[str]] = {"portable": [], **x86}
     left_out = {}
     for isa, args in flags.items():

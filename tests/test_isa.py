@@ -44,7 +44,7 @@ def digest():
 
 
 def test_isa_table():
-    order = ["portable", "avx2", "avx512", "avx512_bf16"]
+    order = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
     assert NAMES == [name for name in order if name in NAMES]
     for row in _cpu.isa_table():
         assert row.keys() == {"name", "requires", "missing", "slow"}

@@ -6,10 +6,14 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #include "kernels.h"
 
 extern const fa_kernels fa_portable_f32, fa_portable_f64, fa_avx2_f32, fa_avx2_f64, fa_avx512_f32,
-    fa_avx512_f64, fa_avx512_bf16_bf16;
+    fa_avx512_f64, fa_avx512_bf16_bf16, fa_amx_bf16;
 
 const fa_isa fa_isas[] = {
     {"portable", "nothing beyond the baseline", &fa_portable_f32, &fa_portable_f64, 0},
@@ -22,8 +26,23 @@ const fa_isa fa_isas[] = {
 #ifdef FASTATTN_HAVE_AVX512_BF16
     {"avx512_bf16", "AVX-512 F, DQ, BW, VL, BF16", &fa_avx512_f32, &fa_avx512_f64, &fa_avx512_bf16_bf16},
 #endif
+#ifdef FASTATTN_HAVE_AMX
+    {"amx", "AVX-512 F, DQ, BW, VL, BF16, AMX TILE, BF16", &fa_avx512_f32, &fa_avx512_f64, &fa_amx_bf16},
+#endif
 };
 const int fa_isa_count = sizeof fa_isas / sizeof *fa_isas;
+
+// Linux gives a process the tiles' registers, 8 KiB a thread, when it asks for them (since 5.16).
+#if defined(__x86_64__)
+static int tiles_permitted(void) {
+#ifdef __linux__
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
+#endif
 
 // __builtin_cpu_supports asks the operating system too: a feature whose registers it does
 // not save is reported as absent.
@@ -43,6 +62,10 @@ const char *fa_isa_missing(const char *name) {
     if (!strcmp(name, "avx512")) return "";
     if (!__builtin_cpu_supports("avx512bf16")) return "AVX-512 BF16";
     if (!strcmp(name, "avx512_bf16")) return "";
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & bit_AMX_TILE) || !(edx & bit_AMX_BF16))
+        return "AMX";
+    if (!tiles_permitted()) return "the operating system's permission to use AMX";
+    if (!strcmp(name, "amx")) return "";
 #endif
     return "a kernel set for this architecture";
 }

@@ -29,7 +29,7 @@ enum { FA_F16, FA_BF16, FA_F32, FA_F64, FA_BOOL, FA_NONE };
 // the runs' sums added: rounding errors grow with the length of a chain, and are all of one sign
 // where scores are alike. A panel's keys start at a multiple of it, so that the runs of a row are
 // the same in any company.
-#define FA_RUN 16
+#define FA_RUN 32
 
 // Rows of an array in memory: one pointer a row (NULL: the row reads as zeros), and how to
 // step along it.

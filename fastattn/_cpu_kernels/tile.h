@@ -4,6 +4,7 @@
 //     FA_SET       the name of the set, fa_<isa>_<type>
 //     FA_TYPE      "f32", "f64" or "bf16"
 //     FA_DOUBLE    reals are double;   FA_BF16_PAIRS   units are pairs of bfloat16
+//     FA_AMX       products of pairs by tiles (amx.h)
 //     and, to depart from what suits most machines, any of the tile sizes below
 //
 // Everything here is static but the set itself: a helper compiled for one ISA can never be
@@ -35,6 +36,7 @@
 #define FA_SCORES_MR 6
 #define FA_ACCUMULATE_NR 2
 #endif
+#define ACCUMULATE_MR 6
 
 #define NOINLINE static __attribute__((noinline))
 #define UNROLL4 _Pragma("GCC unroll 4")
@@ -292,6 +294,9 @@ INLINE void fetch_rows(const void *a, int row, const int rows, ptrdiff_t a_row, 
 // grow with the length of a chain. (Depths of accumulate are cut by the tile.)
 #define CHAIN 64
 
+#ifdef FA_AMX
+#include "amx.h"
+#else
 INLINE void scores_tile(const int MR, const int NR, real *s, int panel, const unit *k,
                         ptrdiff_t ldk, const unit *q, int depth, int add, vr *top) {
     vr c[MR * NR];
@@ -357,6 +362,7 @@ static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const voi
     } while (d < depth);
     for (int j = 0; j <= wide; j++) v_store((real *)tile_max + j * V_LANES, top[j]);
 }
+#endif
 
 // Scores of a few rows: the lanes are the summed axis. MR rows x V_LANES / MR keys at a time, so
 // that their sums over the lanes make up one vector. Keys past the last one are the last again.
@@ -432,6 +438,7 @@ static void few_scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const
     }
 }
 
+#ifndef FA_AMX
 // Few rows read the right operand from memory, unless it was packed.
 #define ACCUMULATE_AHEAD(MR) (PAIR == 1 && MR <= 4 ? FA_AHEAD / 2 : 0)
 
@@ -467,7 +474,6 @@ typedef void accumulate_fn(const fa_product *x, int row, int col, int start, int
 #define ACCUMULATE_ROWS(NR)                                                                      \
     {accumulate_1x##NR, accumulate_2x##NR, accumulate_3x##NR,                                    \
      accumulate_4x##NR, accumulate_5x##NR, accumulate_6x##NR}
-#define ACCUMULATE_MR 6
 DEFINE_ACCUMULATE_ROWS(1)
 DEFINE_ACCUMULATE_ROWS(2)
 #if FA_ACCUMULATE_NR == 4
@@ -507,6 +513,8 @@ static void accumulate(const fa_product *x) {
             }
     }
 }
+
+#endif
 
 // Row by row, with the right operand's excluded parts replaced by zeros.
 static void accumulate_selected(const fa_product *x, const fa_selection *which) {
@@ -733,6 +741,18 @@ static int backward_tile(const fa_backward_tile *x, int panel, int keys) {
     return v_bits((vi)any_lost) != 0;
 }
 
+#ifdef FA_AMX
+// Scores leave the tiles' registers by memory.
+static int backward_plain(const fa_backward_tile *x, int panel, int keys) {
+    real top[FA_MAX_PANEL] __attribute__((aligned(V_BYTES)));
+    scores(x->s, panel, x->k, x->ldk, x->q, keys, x->D, top);
+    if (x->next_k) {
+        fetch_rows(x->next_k, 0, keys, x->ldk, x->D);
+        fetch_rows(x->next_v, 0, keys, x->ldv, x->Dv);
+    }
+    return backward_tile(x, panel, keys);
+}
+#else
 // The last chain of the scores and backward_tile in one, where that is all there is to do: P and dS
 // come straight from the registers. The same operations on each element, so the same bits.
 // Returns the lowest of `lowest` and the scores.
@@ -811,6 +831,7 @@ static int backward_plain(const fa_backward_tile *x, int panel, int keys) {
             lowest = table[t].run[wide](x, row, x->D - before, lowest);
     return v_bits(lowest == v_set1(-INFINITY)) != 0;
 }
+#endif
 
 static void add_tile(double *sum, const void *x_, int64_t n) {
     const real *x = x_;
@@ -960,6 +981,7 @@ static void dropout(uint32_t *bits, int panel, int keys, int64_t key0, const uin
 
 // ---- the machine's own limit -----------------------------------------------------------------
 
+#ifndef FA_AMX
 static double peak(int64_t iterations, double *sink) {
     enum { CHAINS = 12 };
     vr c[CHAINS];
@@ -975,6 +997,7 @@ static double peak(int64_t iterations, double *sink) {
     *sink += (double)c[0][0];
     return (double)iterations * CHAINS * V_LANES * PAIR * 2;
 }
+#endif
 
 const fa_kernels FA_SET = {
     .type = FA_TYPE,

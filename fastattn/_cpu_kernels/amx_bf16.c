@@ -1,0 +1,6 @@
+// The bfloat16 kernels for AMX, with AVX-512 around them: see tile.h, amx.h.
+#define FA_SET fa_amx_bf16
+#define FA_TYPE "bf16"
+#define FA_BF16_PAIRS
+#define FA_AMX
+#include "tile.h"
