@@ -496,7 +496,8 @@ static void accumulate(const fa_product *x) {
         int width = table[t].vectors * V_LANES;
         for (; col + width <= x->cols; col += width)
             for (int row = 0; row < x->rows;) {
-                int n = x->rows - row < ACCUMULATE_MR ? x->rows - row : ACCUMULATE_MR;
+                int left = x->rows - row, groups = (left + ACCUMULATE_MR - 1) / ACCUMULATE_MR;
+                int n = (left + groups - 1) / groups;  // about equal: few rows are slow
                 int start = 0, end = x->depth;
                 if (x->row_end) {
                     end = 0;
