@@ -548,6 +548,73 @@ def test_decoding(dtype, group, Lk, rng, gpu):
     case.with_(kv_lens=[Lk, Lk // 3]).check()
 
 
+FEW_QUERIES = {
+    "none": {},
+    "lower_right": dict(is_causal=True, causal_offset="lower_right"),
+    "window": dict(window_size=(600, 300), causal_offset=700),
+    "lens": dict(q_lens=np.array([0, 2]), kv_lens=np.array([300, 1001])),
+    "sinks": dict(sinks=np.array([0.5, -1, 3, 30, 2, 0]), kv_lens=np.array([0, 40])),
+    "scale": dict(scale=3.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEW_QUERIES)
+@pytest.mark.parametrize(("D", "Dv"), [(64, 64), (90, 96), (128, 128), (192, 128), (256, 256)])
+def test_few_queries_keep_to_the_oracle(D, Dv, name, rng, gpu):
+    options = FEW_QUERIES[name]
+    for dtype, Lq, Lk in (("bfloat16", 2, 2100), ("float16", 5, 1111), ("float32", 3, 1030)):
+        case = make_case(
+            rng, DTYPES[dtype], lead=(2,), Hq=6, Hkv=2, Lq=Lq, Lk=Lk, D=D, Dv=Dv, **options
+        )
+        assert_forward(case.q, case.k, case.v, *case.forward(), **options)
+        out = np.empty(case.q.shape[:-1] + (Dv,), np.float32)
+        if case.q.dtype.itemsize == 2:
+            wide = call(attention_forward, case.q, case.k, case.v, out=out, **options)
+            assert np.array_equal(wide.out.astype(case.q.dtype), case.forward().out)
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_few_queries_keep_poison_where_it_belongs(dtype, D, rng, gpu):
+    """In whichever split, warp and tile it is."""
+    Lk, seen = 1500, np.array([1400, 777])
+    case = make_case(
+        rng, DTYPES[dtype], lead=(2,), Hq=4, Hkv=2, Lq=3, Lk=Lk, D=D, is_causal=True,
+        causal_offset=seen - 3, kv_lens=seen,
+    )  # fmt: skip
+    clean = case.forward()._asdict()
+    for poison in (nan, inf):
+        k, v = case.k.copy(), case.v.copy()
+        for entry, count in enumerate(seen):
+            k[entry, :, count:] = v[entry, :, count:] = poison
+        found = case.with_(k=k, v=v).forward()._asdict()
+        for name, x in found.items():
+            assert_same_bits(x, clean[name], name)
+        v[0, :, 1398], k[1, :, 776] = poison, nan  # which rows 1 and 2, and row 2 see
+        found = case.with_(k=k, v=v).forward()._asdict()
+        for entry, row in ((0, 1), (1, 2)):
+            for name, x in found.items():
+                assert_same_bits(x[entry, :, :row], clean[name][entry, :, :row], name)
+            assert not np.isfinite(found["out"][entry, :, row:].astype(np.float32)).any()
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_few_queries_in_any_layout_have_the_same_bits(D, rng, gpu):
+    case = make_case(rng, DTYPES["bfloat16"], lead=(2,), Hq=8, Hkv=2, Lq=2, Lk=1111, D=D)
+    expected = case.forward()._asdict()
+    for change in LAYOUTS:
+        other = case.with_(q=change(case.q), k=change(case.k), v=change(case.v))
+        assert_same_bits(other.forward()._asdict(), expected, change.__name__)
+
+
+@pytest.mark.parametrize("Lk", [60, 1200])
+def test_few_queries_of_large_values_are_finite(Lk, rng, gpu):
+    """Sums that overflow though their mean does not."""
+    case = make_case(rng, DTYPES["bfloat16"], Hq=4, Hkv=2, Lq=1, Lk=Lk, D=64)
+    case = case.with_(v=np.full_like(case.v, 3e38))
+    assert_forward(case.q, case.k, case.v, *case.forward())
+
+
 def test_more_blocks_than_a_grid_is_high(rng, gpu):
     sizes = dict(Lq=2, Lk=3, D=4)
     options = dict(dropout_p=0.3, seed=1)

@@ -40,7 +40,8 @@ def tiled(arch, family):
 def test_package_has_the_sources():
     names = {path.name for path in KERNEL_FILES.iterdir()}
     shared = {*source._SHARED, *itertools.chain(*source._OF_KERNEL.values())} - {"PARAMS", "WGMMA"}
-    assert names == shared | {f"{k}.cu" for k in (*config.KERNELS, *config.HOPPER_KERNELS)}
+    kernels = (*config.KERNELS, config.DECODE, *config.HOPPER_KERNELS)
+    assert names == shared | {f"{k}.cu" for k in kernels}
 
 
 def test_sources_include_nothing():
@@ -92,7 +93,8 @@ def test_choice_is_listed_and_holds_the_head(arch, family):
                     assert c.kernel == f"hopper_{kernel}" and family == c.family == "sm_90a"
                     assert config.careful(c) in listed
                 else:
-                    assert c.kernel == kernel
+                    few = rows == 16 and not (options or c.walk)
+                    assert c.kernel == kernel or (few and c.kernel == config.DECODE)
                     assert c.family == ("sm_80" if family == "sm_90a" else family)
                 assert c.options in (options, "all") and (c.options or not options)
                 assert c.walk or (c.D >= D and c.Dv >= Dv)
@@ -148,8 +150,8 @@ def test_hopper_serves_many_rows_of_16_bits(own):
         dict(Dv=264), dict(D=0), dict(Dv=0), dict(D=68), dict(Dv=65),
     ):  # fmt: skip
         assert kernel(**other) == own
-    for rows in (16, 64):
-        assert kernel(rows=rows) == (own if own == "forward" else f"hopper_{own}")
+    for rows, few in ((16, config.DECODE), (64, own)):
+        assert kernel(rows=rows) == (few if own == "forward" else f"hopper_{own}")
     for name in ("backward_bias", *config.SMALL_KERNELS):
         assert kernel(kernel=name) == name
 
@@ -182,9 +184,10 @@ def test_fast_is_what_benchmarks_run():
     sizes = {"float16": (64, 128, 256), "bfloat16": (64, 128, 256), "float32": (64, 128)}
     assert fast == {
         (kernel, dtype, D)
-        for kernel in ("forward", "backward_q", "backward_kv")
+        for kernel in ("forward", config.DECODE, "backward_q", "backward_kv")
         for dtype in sizes
         for D in sizes[dtype]
+        if not (kernel == config.DECODE and D == 256)
     }
 
 
@@ -280,6 +283,34 @@ def test_shared_memory_holds_what_kernels_lay_out(arch, family):
             assert bytes_added == rows and bytes_added % 16 == 0
             assert c.shared_bytes_with(bytes_added) >= used + rows
         assert c.shared_bytes <= c.most_shared_bytes <= config.shared_limit(arch)
+
+
+@pytest.mark.parametrize(("arch", "family"), PLACES)
+def test_rings_of_decode_hold_what_the_kernel_lays_out(arch, family):
+    """Q, and a ring for each warp, whose second stage has room for the warp's results."""
+    listed = [c for c in config.configs(arch, family) if c.kernel == config.DECODE]
+    assert {(c.dtype, c.D) for c in listed} >= {("float16", n) for n in config.HEAD_TILES}
+    text = read("decode.cu")
+    for c in listed:
+        stage, row = (
+            eval(
+                re.search(rf"{name} = (.*?);", text)[1].replace("pitch_of", "pitch"),
+                {"kBc": c.Bc, "kD": c.D, "kDv": c.Dv, "pitch": lambda n, c=c: c.pitch(n) // size(c)},
+            )
+            for name in ("kStage", "kRow")
+        )
+        bytes_of_q, stages = c.Br * c.pitch(c.D), config.DECODE_STAGES
+        assert c.shared_bytes == bytes_of_q + c.warps * stages * stage * size(c)
+        assert c.shared_bytes <= config.shared_limit(arch) and stages >= 2
+        assert c.Br * row * 4 <= stage * size(c)  # Acc is float
+        for step in (bytes_of_q, stage * size(c), row * 4):
+            assert step % 16 == 0
+        assert c.Br == 16 and c.Bc % 16 == 0 and c.dtype != "float64"
+
+
+def size(c):
+    """Bytes of a number in a tile."""
+    return config.DTYPES[c.tile_dtype]
 
 
 def pitch_of(name, values):
@@ -502,6 +533,8 @@ def test_tensor_maps_say_where_the_array_is(monkeypatch):
 def test_constants_are_those_of_the_kernels(driver):
     [pad] = map(int, re.findall(r"kRowPad = (\d+);", read("gradient.cuh")))
     assert driver._ROW_PAD == pad
+    [most] = map(int, re.findall(r"kMost = (\d+);", read("combine.cu")))
+    assert driver._MOST_SPLITS == most
     [far] = re.findall(r"kFar = 1 << (\d+);", read("pairs.cuh"))
     assert driver.LONGEST * 2 <= 1 << int(far)
     access = re.search(r"enum Access : i64 \{ (.*?) \}", read("arrays.cuh"))[1].split(", ")
@@ -565,7 +598,8 @@ def test_splits_cover_the_keys(driver):
     for c, Lk in itertools.product(tile, sorted(lengths)):
         splits, keys = driver._split(Lk, c)
         assert 1 <= splits <= driver._MOST_SPLITS
-        assert keys % c.Bc == 0 and keys >= driver._SPLIT_KEYS
+        tiles = c.warps if c.kernel == config.DECODE else 1  # of which each warp has as many
+        assert keys % (tiles * c.Bc) == 0 and keys >= driver._SPLIT_KEYS
         assert splits * keys >= Lk
         assert splits == 1 or (splits - 1) * keys < Lk  # none is empty
 

@@ -52,9 +52,10 @@ class Config(NamedTuple):
         """Whether benchmarks run it, so that its numbers have to stay in registers."""
         if self.kernel in HOPPER_KERNELS:
             return self.kernel in _CAREFUL
-        sizes = (64, 128, 256) if DTYPES[self.tile_dtype] == 2 else (64, 128)
+        widest = DTYPES[self.tile_dtype] == 2 and self.kernel != DECODE
+        sizes = (64, 128, 256) if widest else (64, 128)
         return (
-            self.kernel in ("forward", "backward_q", "backward_kv")
+            self.kernel in ("forward", DECODE, "backward_q", "backward_kv")
             and not (self.options or self.walk)
             and self.D == self.Dv
             and self.D in sizes
@@ -92,6 +93,8 @@ class Config(NamedTuple):
         if self.kernel in HOPPER_KERNELS:
             return self._hopper_bytes
         row, row_v = self.pitch(self.D), self.pitch(self.Dv)
+        if self.kernel == DECODE:
+            return self.Br * row + self.warps * DECODE_STAGES * self.Bc * (row + row_v)
         acc = 8 if self.dtype == "float64" else 4
         rows, rows_v = {
             "forward": (self.Br + self.Bc * (1 if self.walk else 2), self.Bc),
@@ -171,6 +174,10 @@ _CAREFUL = {
 }
 HOPPER_KERNELS = (*_CAREFUL, *_CAREFUL.values())
 
+# A forward of few rows without such options; a warp's tiles of K and V that are under way.
+DECODE = "decode"
+DECODE_STAGES = 3
+
 # Rows that a forward tile may have; a problem with few rows takes the smallest that holds them.
 ROW_CLASSES = (16, 64, 128)
 
@@ -183,6 +190,15 @@ _TILES: dict[tuple[str, int], dict[int, tuple[tuple[int, int, int, int], ...]]] 
     ("forward 16", 2): {
         128: ((16, 64, 1, 6),),
         256: ((16, 32, 1, 4),),
+    },
+    ("decode", 2): {
+        64: ((16, 32, 4, 2), (16, 32, 2, 2)),
+        128: ((16, 16, 4, 2), (16, 16, 2, 2)),
+        256: ((16, 16, 4, 1), (16, 16, 2, 1), (16, 16, 1, 1)),
+    },
+    ("decode", 4): {
+        64: ((16, 16, 4, 2), (16, 16, 2, 2)),
+        128: ((16, 16, 4, 1), (16, 16, 2, 1), (16, 16, 1, 1)),
     },
     ("forward 64", 2): {
         128: ((64, 64, 4, 2),),
@@ -311,6 +327,9 @@ def choose(
             name = f"forward {next((n for n in ROW_CLASSES if rows <= n), ROW_CLASSES[-1])}"
             if options and rows >= ROW_CLASSES[-1]:
                 name = f"forward {'all' if options == 'all' else 'option'}"
+            elif rows <= ROW_CLASSES[0] and not options:
+                if 0 < widest <= max(_TILES.get((DECODE, size), (0,))):
+                    name = kernel = DECODE
             if (name, size) not in _TILES:
                 name = "forward 64"
         by_head = _TILES[name, size]

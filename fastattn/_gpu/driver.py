@@ -23,7 +23,14 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from fastattn._gpu.config import HOPPER_KERNELS, SMALL_KERNELS, Config, careful, choose
+from fastattn._gpu.config import (
+    DECODE,
+    HOPPER_KERNELS,
+    SMALL_KERNELS,
+    Config,
+    careful,
+    choose,
+)
 from fastattn._gpu.device import Device, arguments, device_of, load
 from fastattn._gpu.params import ARRAY_FIELDS, NO_ARRAY, pack
 from fastattn._gpu.plan import ALIGNMENT, Layout, Plan, Planner, stand_in
@@ -210,7 +217,7 @@ def _forward(call: _Call, out: Layout, lse: Layout) -> None:
     }  # fmt: skip
     if splits > 1:
         all_rows = p.batch * p.Hq * p.Lq * splits
-        scalars["partial_out"] = call.workspace(all_rows * p.Dv, p.acc)
+        scalars["partial_out"] = call.workspace(all_rows * (-(-p.Dv // 4) * 4), p.acc)
         scalars["partial_lse"] = call.workspace(all_rows, p.acc)
     if not few:
         scalars |= call.survey(config, arrays)
@@ -244,7 +251,8 @@ def _hopper_forward(
 def _split(Lk: int, config: Config) -> tuple[int, int]:
     """How many parts the keys are cut in, and their length, for few queries: of Lk alone."""
     keys = max(_SPLIT_KEYS, -(-Lk // _MOST_SPLITS))
-    keys = -(-keys // config.Bc) * config.Bc
+    tile = config.Bc * (config.warps if config.kernel == DECODE else 1)
+    keys = -(-keys // tile) * tile
     return max(1, -(-Lk // keys)), keys
 
 

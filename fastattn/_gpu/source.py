@@ -10,7 +10,7 @@ import functools
 from importlib import resources
 
 from fastattn._gpu import wgmma
-from fastattn._gpu.config import OPTIONS, Config
+from fastattn._gpu.config import DECODE_STAGES, OPTIONS, Config
 from fastattn._gpu.params import DECLARATION
 
 # In the order of use: each file reads what the ones before it declare.
@@ -55,6 +55,7 @@ def assemble(config: Config) -> str:
     constants = {
         "kD": config.D, "kDv": config.Dv, "kBr": config.Br, "kBc": config.Bc,
         "kWarps": config.warps, "kThreads": config.threads, "kBlocks": config.blocks,
+        "kRing": DECODE_STAGES,
     }  # fmt: skip
     types = {"Elem": config.dtype, "Tile": config.tile_dtype}
     head = [f"#define {name} {value}" for name, value in values.items()]

@@ -84,14 +84,23 @@ DEVICE void copies_wait() {
 #endif
 }
 
+// Tiles are loaded by kBy threads: those of the block, or of each warp for a tile of its own.
+template <int kBy>
+DEVICE int thread_of() { return kBy == kThreads ? threadIdx.x : threadIdx.x % kBy; }
+template <int kBy>
+DEVICE void wait_for_threads() {
+  if (kBy == 32) __syncwarp();
+  else __syncthreads();
+}
+
 // kRows rows of `width` columns of an array; everything else in the tile becomes zero. row_at(r)
 // gives the address of row r's first column, or null.
-template <int kRows, int kColumns, class RowAt>
+template <int kRows, int kColumns, int kBy = kThreads, class RowAt>
 DEVICE void load_rows(Tile* tile, const Array& array, int width, RowAt row_at) {
   constexpr int kChunk = 16 / sizeof(Tile), kChunks = kColumns / kChunk;
   const bool copies = sizeof(Elem) == sizeof(Tile) && array.access == kVectors;
 #pragma unroll 1
-  for (int x = threadIdx.x; x < kRows * kChunks; x += kThreads) {
+  for (int x = thread_of<kBy>(); x < kRows * kChunks; x += kBy) {
     const int r = x / kChunks, c = x % kChunks * kChunk;
     const char* const row = row_at(r);
     Tile* const to = tile + r * pitch_of(kColumns) + c;
@@ -110,13 +119,13 @@ DEVICE void load_rows(Tile* tile, const Array& array, int width, RowAt row_at) {
 }
 
 // The same of rows that are a stride apart, `row` being the first and `rows` how many there are.
-template <int kRows, int kColumns>
+template <int kRows, int kColumns, int kBy = kThreads>
 DEVICE void load_tile(Tile* tile, const Array& array, const char* row, int rows, int width) {
   constexpr int kChunk = 16 / sizeof(Tile), kChunks = kColumns / kChunk;
-  if constexpr (sizeof(Elem) == sizeof(Tile) && kThreads % kChunks == 0 && kRows * kChunks % kThreads == 0) {
+  if constexpr (sizeof(Elem) == sizeof(Tile) && kBy % kChunks == 0 && kRows * kChunks % kBy == 0) {
     if (array.access == kVectors) {  // a thread's chunks are one below the other
-      constexpr int kStride = kThreads / kChunks;
-      const int r = threadIdx.x / kChunks, c = threadIdx.x % kChunks * kChunk;
+      constexpr int kStride = kBy / kChunks;
+      const int r = thread_of<kBy>() / kChunks, c = thread_of<kBy>() % kChunks * kChunk;
       const char* from = row + r * array.row + c * (int)sizeof(Elem);
       Tile* const to = tile + r * pitch_of(kColumns) + c;
       const int limit = c < width ? rows - r : 0;
@@ -129,7 +138,7 @@ DEVICE void load_tile(Tile* tile, const Array& array, const char* row, int rows,
       return;
     }
   }
-  load_rows<kRows, kColumns>(tile, array, width, [&](int r) { return r < rows ? row + r * array.row : nullptr; });
+  load_rows<kRows, kColumns, kBy>(tile, array, width, [&](int r) { return r < rows ? row + r * array.row : nullptr; });
 }
 
 // What a tile's numbers become where a block is computed again; see forward.cu.
@@ -147,11 +156,11 @@ DEVICE void sanitize(T& x, int mode) {
   const bool is_finite = finite(x);
   narrow(x, mode == kTaint ? (is_finite ? 0 : 1) : is_finite ? value * (mode == kScaled ? kDown : 1) : 0);
 }
-template <int kRows, int kColumns>
+template <int kRows, int kColumns, int kBy = kThreads>
 DEVICE void sanitize(Tile* tile, int mode) {
-  __syncthreads();
+  wait_for_threads<kBy>();
 #pragma unroll 1
-  for (int x = threadIdx.x; x < kRows * kColumns; x += kThreads)
+  for (int x = thread_of<kBy>(); x < kRows * kColumns; x += kBy)
     sanitize(tile[x / kColumns * pitch_of(kColumns) + x % kColumns], mode);
-  __syncthreads();
+  wait_for_threads<kBy>();
 }

@@ -44,7 +44,7 @@ DEVICE void write_chunks(const Acc* stage, int pitch, int columns, RowAt row_at)
 }
 DEVICE void write_row(const Params& p, char* to, Acc* partial, const Acc* from, int columns, int mode) {
   if (p.splits > 1) {
-    for (int c = threadIdx.x & 31; c < columns; c += 32)
+    for (int c = threadIdx.x & 31; c < (columns + 3) / 4 * 4; c += 32)
       write<Acc>((char*)(partial + c), from[c], kElements, mode);
   } else if (sizeof(Elem) == 2 && p.out_kind == kF32) {
     write_elements<float>(p.out, to, from, columns, mode);
@@ -127,4 +127,36 @@ DEVICE void repair(Acc (&c)[M][N][4], const Array& a, const Array& b, i64 size, 
     const char* const from_b = b_of(place(m, n, e));
     if (from_a && from_b) x = exact_product(from_a, a.column, a.access, from_b, b.column, b.access, (int)size);
   });
+}
+
+// ---------------------------------------------------------------- parts of a row's keys
+
+// Partial results, one row of Acc for each row and split, are whole chunks of 16 bytes at least.
+struct alignas(16) Four { Acc x[4]; };
+DEVICE i64 partial_pitch(const Params& p) { return (p.Dv + 3) / 4 * 4; }
+
+// out = sum w_s out_s, w_s = exp(lse_s - lse), as merge_attention_states does it. The highest lse_s is
+// `high`; an empty part (lse_s = -inf, out_s = 0) has no weight. `safe` stands for high where all are.
+struct Merge {
+  Acc high, safe, sum;  // the sum of weights times exp(lse - high)
+
+  DEVICE explicit Merge(Acc highest) : high(highest), safe(highest == -infinity(Acc()) ? 0 : highest), sum(0) {}
+  DEVICE Acc weight(Acc part_lse) const {
+    return part_lse == -infinity(Acc()) ? 0 : exp2_of((part_lse - safe) * (Acc)kLog2e);
+  }
+  DEVICE Acc factor() const { return high == -infinity(Acc()) && sum == 0 ? 0 : 1 / sum; }
+  DEVICE Acc lse() const {
+    return high == -infinity(Acc()) && sum == 0 ? -infinity(Acc()) : high + log_of(sum);
+  }
+};
+
+// Four numbers of a row of out, from column c on.
+DEVICE void write_out(const Params& p, char* row, int c, const Four& from) {
+#pragma unroll
+  for (int e = 0; e < 4; e++) {
+    if (c + e >= p.Dv) return;
+    char* const to = row + (c + e) * p.out.column;
+    if (sizeof(Elem) == 2 && p.out_kind == kF32) write<float>(to, from.x[e], p.out.access, kUsual);
+    else write<Elem>(to, from.x[e], p.out.access, kUsual);
+  }
 }

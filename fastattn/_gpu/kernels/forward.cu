@@ -291,7 +291,7 @@ forward(const __grid_constant__ Params p) {
         const i64 flat = ((b * p.Hq + row.h) * p.Lq + row.i) * p.splits + split;
         char* const to = p.out.at(b, row.h) + row.i * p.out.row + column0 * p.out.column;
         if (row.i != kFar)
-          write_row(p, to, (Acc*)p.partial_out + flat * p.Dv + column0, stage + r * kStage, columns, mode);
+          write_row(p, to, (Acc*)p.partial_out + flat * partial_pitch(p) + column0, stage + r * kStage, columns, mode);
       }
       if (t == 0 && piece == 0 && mode != kTaint)
 #pragma unroll

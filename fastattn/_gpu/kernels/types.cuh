@@ -146,3 +146,16 @@ DEVICE T quad_sum(T x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
 }
+// All lanes of a warp agree.
+template <class T>
+DEVICE T warp_max(T x) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x = max_of(x, __shfl_xor_sync(~0u, x, step));
+  return x;
+}
+template <class T>
+DEVICE T warp_sum(T x) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
