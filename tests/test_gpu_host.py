@@ -292,12 +292,10 @@ def test_rings_of_decode_hold_what_the_kernel_lays_out(arch, family):
     assert {(c.dtype, c.D) for c in listed} >= {("float16", n) for n in config.HEAD_TILES}
     text = read("decode.cu")
     for c in listed:
+        names = {"kBc": c.Bc, "kD": c.D, "kDv": c.Dv}
+        names["pitch_of"] = lambda columns, c=c: c.pitch(columns) // size(c)
         stage, row = (
-            eval(
-                re.search(rf"{name} = (.*?);", text)[1].replace("pitch_of", "pitch"),
-                {"kBc": c.Bc, "kD": c.D, "kDv": c.Dv, "pitch": lambda n, c=c: c.pitch(n) // size(c)},
-            )
-            for name in ("kStage", "kRow")
+            eval(re.search(rf"{name} = (.*?);", text)[1], names) for name in ("kStage", "kRow")
         )
         bytes_of_q, stages = c.Br * c.pitch(c.D), config.DECODE_STAGES
         assert c.shared_bytes == bytes_of_q + c.warps * stages * stage * size(c)

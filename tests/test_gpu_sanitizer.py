@@ -37,7 +37,11 @@ def cases(rng, dtype):
             q_segment_ids=np.arange(131) // 50,
             kv_segment_ids=np.arange(150) // 50, **shape,
         )  # fmt: skip
-    yield make_case(rng, dtype, lead=(1,), Hq=8, Hkv=2, Lq=1, Lk=1100, D=128)
+    few = make_case(rng, dtype, lead=(1,), Hq=8, Hkv=2, Lq=1, Lk=1100, D=128, kv_lens=1090)
+    yield few
+    poisoned = few.with_(v=few.v.copy())
+    poisoned.v[..., 1085:, :] = nan
+    yield poisoned
 
 
 def run_cases(dtype):
@@ -60,6 +64,8 @@ def run_cases(dtype):
     cupy.cuda.Device().synchronize()
     ran = {key[1].kernel for key in device._kernels}
     expected = set(config.KERNELS)
+    if dtype != "float64":
+        expected.add(config.DECODE)
     if device.device_of(cupy.cuda.Device().id).family == "sm_90a" and config.DTYPES[dtype] == 2:
         expected |= set(config.HOPPER_KERNELS)
     assert ran == expected, expected ^ ran

@@ -135,12 +135,14 @@ DEVICE void repair(Acc (&c)[M][N][4], const Array& a, const Array& b, i64 size, 
 struct alignas(16) Four { Acc x[4]; };
 DEVICE i64 partial_pitch(const Params& p) { return (p.Dv + 3) / 4 * 4; }
 
-// out = sum w_s out_s, w_s = exp(lse_s - lse), as merge_attention_states does it. The highest lse_s is
-// `high`; an empty part (lse_s = -inf, out_s = 0) has no weight. `safe` stands for high where all are.
+// out = sum w_s out_s, w_s = exp(lse_s - lse), as merge_attention_states does it. The highest lse_s
+// is `high`, and `sum` that of exp(lse_s - high), which weight() gives. An empty part (lse_s = -inf,
+// out_s = 0) has no weight; where all are, `safe` stands for high.
 struct Merge {
-  Acc high, safe, sum;  // the sum of weights times exp(lse - high)
+  Acc high, safe, sum = 0;
 
-  DEVICE explicit Merge(Acc highest) : high(highest), safe(highest == -infinity(Acc()) ? 0 : highest), sum(0) {}
+  DEVICE explicit Merge(Acc highest)
+      : high(highest), safe(highest == -infinity(Acc()) ? 0 : highest) {}
   DEVICE Acc weight(Acc part_lse) const {
     return part_lse == -infinity(Acc()) ? 0 : exp2_of((part_lse - safe) * (Acc)kLog2e);
   }

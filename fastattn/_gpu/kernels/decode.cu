@@ -1,12 +1,12 @@
 // Decode: the forward of at most 16 query rows, whose time is that of reading K and V once.
 //
-// A block takes a split of the keys. Each of its warps walks over tiles of its own, every kWarps-th,
-// with an online softmax as in forward.cu, and has a ring of kRing tiles of K and V to itself: no
-// warp waits for another, and all the others are on their way while a tile is used. At the end the
-// block merges what its warps have, and combine.cu what splits have.
+// A block takes a split of the keys. Each of its warps walks over tiles of its own, with an online
+// softmax as in forward.cu, and has a ring of kRing tiles of K and V to itself: no warp waits for
+// another, and while a tile is used, the next ones are on their way. At the end the block merges what
+// its warps have, and combine.cu what splits have.
 //
-// Rows are as in forward.cu, and so is what a warp does that does not end finite: it walks again, with
-// the first stage alone, for its results so far lie in the second.
+// Rows are as in forward.cu. So are the modes, but a warp's own: where it does not end finite, it
+// walks again with the first stage alone, for its results so far lie in the second.
 
 constexpr int kN = kBc / 8, kO = kDv / 8;
 // Truncated sums of more than 128 products would be felt in lse.
@@ -29,7 +29,8 @@ decode(const __grid_constant__ Params p) {
   const int kv_head = p.packed ? h : h / (int)p.group;
   const Entry entry = entry_of(p, b);
   auto row_of = [&](int r) {
-    return r >= rows ? Row{kFar, 0} : group == 1 ? Row{r, h} : Row{r / group, h * group + r % group};
+    if (r >= rows) return Row{kFar, 0};
+    return group == 1 ? Row{r, h} : Row{r / group, h * group + r % group};
   };
 
   const int last = min_of((int)p.Lq, entry.q_len) - 1;
@@ -50,8 +51,9 @@ decode(const __grid_constant__ Params p) {
   auto load = [&](int n, Tile* stage) {
     if (n < to) {
       const int j = n * kBc, count = entry.kv_len - j;
+      Tile* const to_v = stage + kBc * pitch_of(kD);
       load_tile<kBc, kD, 32>(stage, p.k, of_k + j * p.k.row, count, (int)p.D);
-      load_tile<kBc, kDv, 32>(stage + kBc * pitch_of(kD), p.v, of_v + j * p.v.row, count, (int)p.Dv);
+      load_tile<kBc, kDv, 32>(to_v, p.v, of_v + j * p.v.row, count, (int)p.Dv);
     }
     copies_commit();
   };
@@ -83,7 +85,9 @@ decode(const __grid_constant__ Params p) {
       else copies_wait<0>();
       __syncwarp();
       multiply_rows<kD / kStep, kScoreParts>(s, sQ, pitch_of(kD), sK, pitch_of(kD));
-      auto place = [&](int, int x, int e) { return Place{(e >> 1) * 8 + g, x * 8 + 2 * t + (e & 1)}; };
+      auto place = [&](int, int x, int e) {
+        return Place{(e >> 1) * 8 + g, x * 8 + 2 * t + (e & 1)};
+      };
       if (kSplit && mode != kUsual)
         repair(s, p.q, p.k, p.D, place, [&](Place at) { return row_of_q(at.r); },
                [&](Place at) -> const char* {
@@ -92,14 +96,17 @@ decode(const __grid_constant__ Params p) {
                });
       if (mode != kUsual || !all_pairs(entry, 0, last, n * kBc, kBc)) {
         const Entry again = entry_of(p, hidden(b));  // what else would be kept in registers
-        keep_within(s, [&](int, int half) { return keys_of_row(again, row_of(hidden(half * 8 + g)).i, n * kBc); });
+        keep_within(s, [&](int, int half) {
+          return keys_of_row(again, row_of(hidden(half * 8 + g)).i, n * kBc);
+        });
       }
 
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         Acc high = row_max[half];
 #pragma unroll
-        for (int x = 0; x < kN; x++) high = max_of(high, max_of(s[0][x][2 * half], s[0][x][2 * half + 1]));
+        for (int x = 0; x < kN; x++)
+          high = max_of(high, max_of(s[0][x][2 * half], s[0][x][2 * half + 1]));
         high = quad_max(high);
         const Acc safe = high == none ? 0 : high;
         scale[0][half] = exp2_of((row_max[half] - safe) * log2_unit);
@@ -128,7 +135,8 @@ decode(const __grid_constant__ Params p) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int r = half * 8 + g;
-      const Acc sum = quad_sum(row_sum[half]), high = row_max[half] == none ? none : row_max[half] * unit;
+      const Acc sum = quad_sum(row_sum[half]);
+      const Acc high = row_max[half] == none ? none : row_max[half] * unit;
       const bool dead = row_of(r).i >= entry.q_len || (high == none && sum == 0);
       const Acc factor = (mode == kScaled ? (Acc)kUp : 1) / sum;
       odd = odd || (!dead && (!finite(sum) || sum == 0));
