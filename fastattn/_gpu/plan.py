@@ -120,6 +120,7 @@ class Planner:
         self._slots = slots  # of the arrays of the first call
         self._workspace = 0
         self._steps: list[Clear | Launch] = []
+        self._block = np.zeros(0, np.int64)  # of the launch before, with stand-ins
         self._tables: list[Table] = []
 
     def plan(self) -> Plan:
@@ -149,11 +150,12 @@ class Planner:
     ) -> None:  # fmt: skip
         """A launch with an argument of stand-ins, or that of the launch before."""
         argument, addresses = None, ()
-        if block is not None:
-            argument = block.copy()
+        if block is not None and not np.array_equal(block, self._block):
+            self._block = block.copy()
             addresses = tuple((at, *_place(int(block[at]))) for at in ADDRESSES if block[at])
-            argument[[at for at, _, _ in addresses]] = 0
-            argument = memoryview(argument)
+            constant = block.copy()
+            constant[[at for at, _, _ in addresses]] = 0
+            argument = memoryview(constant)
         placed = tuple((*_place(address), tiles) for address, tiles in maps)
         self._steps.append(Launch(kernel, blocks, shared, argument, addresses, placed))
 
