@@ -76,7 +76,8 @@ _ARRAYS = (
     "seed", "q", "k", "v", "attn_mask", "bias", "q_segment_ids", "kv_segment_ids", "q_lens",
     "kv_lens", "causal_offset", "alibi_slopes", "sinks",
 )  # fmt: skip
-_arrays_of = operator.itemgetter(*map(Problem._fields.index, _ARRAYS))
+_PLACES = tuple(map(Problem._fields.index, _ARRAYS))
+_arrays_of = operator.itemgetter(*_PLACES)
 _numbers_of = operator.itemgetter(
     *(at for at, name in enumerate(Problem._fields) if name not in (*_ARRAYS, "acc"))
 )
@@ -134,7 +135,10 @@ def _planned(
             layouts[slot] = Layout(address, array.shape, array.strides, array.dtype)
     if problem.dropout_p and type(problem.seed) is int:
         layouts[0] = stand_in(0)
-    given = problem._replace(**dict(zip(_ARRAYS, layouts)))
+    fields = list(problem)
+    for place, layout in zip(_PLACES, layouts):
+        fields[place] = layout
+    given = Problem._make(fields)
     call = _Call(given, device_of(problem.q.data.device_id), slots)
     plan(call, *layouts[len(_ARRAYS) :])
     return call.plan()
@@ -148,7 +152,7 @@ class _Known(NamedTuple):
     lse: tuple[Any, ...]
 
 
-_known: dict[tuple[Any, ...], _Known] = {}
+_known: dict[tuple[Any, ...], _Known | None] = {}  # None where one was done, but not looked at
 _VALUES = {type(None), bool, int, float, str}  # whose equal ones are alike, and stay as they are
 _OTHERS = (0,) * (len(_ARRAYS) - 4)  # slots of arrays beside q, k and v, and of the seed
 
@@ -156,9 +160,10 @@ _OTHERS = (0,) * (len(_ARRAYS) - 4)  # slots of arrays beside q, k and v, and of
 def forward_again(
     q: Any, k: Any, v: Any, options: tuple[Any, ...]
 ) -> tuple[tuple[Any, ...] | None, tuple[Any, Any] | None]:
-    """A forward's kind, and its results where one of that kind was done: then nothing is left to be
-    checked. Options are as the caller has them."""
-    if not type(q) is type(k) is type(v) is cupy.ndarray:
+    """A forward's kind if it is to be remembered, as the second one is, and the results where that
+    was done: then nothing is left to be checked. Options are as the caller has them."""
+    types = tuple(map(type, options))
+    if not (type(q) is type(k) is type(v) is cupy.ndarray and _VALUES.issuperset(types)):
         return None, None
     of_q, of_k, of_v = q.data, k.data, v.data
     device = of_q.device_id
@@ -166,16 +171,18 @@ def forward_again(
         return None, None
     at_q, at_k, at_v = of_q.ptr, of_k.ptr, of_v.ptr
     kind = (
-        options, *map(type, options), device, q.dtype.num, k.dtype.num, v.dtype.num,
+        options, types, device, q.dtype.num, k.dtype.num, v.dtype.num,
         q.shape, k.shape, v.shape, q.strides, k.strides, v.strides,
         at_q % ALIGNMENT, at_k % ALIGNMENT, at_v % ALIGNMENT,
     )  # fmt: skip
-    try:
-        known = _known.get(kind)
-    except TypeError:  # arrays and lists have no hash
+    known = _known.get(kind)
+    if known is None:
+        if kind in _known:
+            return kind, None
+        _remember(_known, kind, None)
         return None, None
-    if known is None or device != cupy.cuda.runtime.getDevice():
-        return kind, None
+    if device != cupy.cuda.runtime.getDevice():
+        return None, None
     out, lse = cupy.ndarray(*known.out), cupy.ndarray(*known.lse)
     slots = [
         0, at_q & -ALIGNMENT, at_k & -ALIGNMENT, at_v & -ALIGNMENT, *_OTHERS,
@@ -187,11 +194,12 @@ def forward_again(
 
 def remember_forward(kind: tuple[Any, ...], problem: Problem, out: Any, lse: Any) -> None:
     """Let `forward_again` know a forward that was done, if it serves all of its kind."""
-    of_plan, slots = _kind_and_slots(_forward, problem, (out, lse))
+    others = _arrays_of(problem)[4:]
+    if problem.dropout_p or any(type(x) is cupy.ndarray for x in others):
+        return
+    of_plan, _ = _kind_and_slots(_forward, problem, (out, lse))
     plan = _plans.get(of_plan)
-    fixed = _VALUES.issuperset(map(type, kind[0])) and not problem.dropout_p
-    aligned = (out.data.ptr | lse.data.ptr) % ALIGNMENT == 0  # as what is allocated later
-    if plan and fixed and aligned and not any(slots[4:-2]):
+    if plan and (out.data.ptr | lse.data.ptr) % ALIGNMENT == 0:  # as later results are
         like = [
             (x.shape, x.dtype) if x.flags.c_contiguous else (x.shape, x.dtype, None, x.strides)
             for x in (out, lse)

@@ -22,6 +22,7 @@ ALIGNMENT = 16  # what is known of an address: the rest of its division by this
 
 _STAND_IN = 1 << 62  # which no address reaches
 _OFFSET_BITS = 48
+_ADDRESSES = np.array(ADDRESSES)
 _PIECE = 512  # workspace is cut in multiples of this many bytes
 
 
@@ -120,7 +121,7 @@ class Planner:
         self._slots = slots  # of the arrays of the first call
         self._workspace = 0
         self._steps: list[Clear | Launch] = []
-        self._block = np.zeros(0, np.int64)  # of the launch before, with stand-ins
+        self._written = b""  # of the launch before: its argument with stand-ins
         self._tables: list[Table] = []
 
     def plan(self) -> Plan:
@@ -150,11 +151,13 @@ class Planner:
     ) -> None:  # fmt: skip
         """A launch with an argument of stand-ins, or that of the launch before."""
         argument, addresses = None, ()
-        if block is not None and not np.array_equal(block, self._block):
-            self._block = block.copy()
-            addresses = tuple((at, *_place(int(block[at]))) for at in ADDRESSES if block[at])
+        if block is not None and (written := block.tobytes()) != self._written:
+            self._written = written
+            words = _ADDRESSES[block[_ADDRESSES] != 0]
+            places = map(_place, block[words].tolist())
+            addresses = tuple((word, *place) for word, place in zip(words.tolist(), places))
             constant = block.copy()
-            constant[[at for at, _, _ in addresses]] = 0
+            constant[words] = 0
             argument = memoryview(constant)
         placed = tuple((*_place(address), tiles) for address, tiles in maps)
         self._steps.append(Launch(kernel, blocks, shared, argument, addresses, placed))
