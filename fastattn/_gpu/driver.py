@@ -293,7 +293,8 @@ def _backward(
         more |= call.survey(config, arrays)
         given = {} if dq is None else {"dq": call.array(dq)}
         if dalibi_slopes is not None:
-            if given and p.softcap:  # whose slope is not in these sums
+            # Sums without the softcap's slope, and with products that are rounded.
+            if given and (p.softcap or p.dtype != "float64"):
                 _launch_backward(call, config, blocks, arrays | given, scalars | more)
                 given = {}
             more["row_sum"] = row_sum

@@ -83,9 +83,13 @@ backward_kv(const __grid_constant__ Params p) {
   const Acc ones[kM][2] = {};
 
   for (int mode = kUsual;; mode = mode == kUsual ? kClean : kTaint) {
-    Acc dk[kM][kOut / 8][4], dv[kM][kOutV / 8][4];
+    Acc dk[kM][kOut / 8][4], dv[kM][kOutV / 8][4], earlier_dk[kM][kOut / 8][4], earlier_dv[kM][kOutV / 8][4];
     clear(dk);
     clear(dv);
+    if (kTwoLevels) {
+      clear(earlier_dk);
+      clear(earlier_dv);
+    }
     __syncthreads();
     if (first.h < end_head) {
 #if kOptions
@@ -193,6 +197,14 @@ backward_kv(const __grid_constant__ Params p) {
       }
       if (mode != kUsual) sanitize<kBr, kD>(tile_q, mode);
       multiply_blocks<false>(dk, dp, tile_q + (kWalk ? 0 : column0), pitch_of(kD), ones);
+      if (kTwoLevels && (next_step.h != step.h || next_step.row0 / kRowsOfPart != row0 / kRowsOfPart)) {
+        end_part<false>(earlier_dk, dk, ones);
+        end_part<false>(earlier_dv, dv, ones);
+      }
+    }
+    if (kTwoLevels) {
+      add_earlier<false>(dk, earlier_dk, ones);
+      add_earlier<false>(dv, earlier_dv, ones);
     }
     copies_wait<0>();
     const bool odd = __syncthreads_or(any_odd(dk) || any_odd(dv));

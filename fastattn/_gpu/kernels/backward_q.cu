@@ -79,11 +79,10 @@ backward_q(const __grid_constant__ Params p) {
   const Acc ones[kM][2] = {};
 
   for (int mode = kUsual;; mode = mode == kUsual ? kClean : kTaint) {
-    Acc dq[kM][kO][4];
-    double distances[kM][2];
+    Acc dq[kM][kO][4], earlier[kM][kO][4];
+    Total distances[kM][2] = {};
     clear(dq);
-#pragma unroll
-    for (int m = 0; m < kM; m++) distances[m][0] = distances[m][1] = 0;
+    if (kTwoLevels) clear(earlier);
     __syncthreads();
     if (!kWalk && first_step.n < to) {
       load_q(0);
@@ -117,14 +116,21 @@ backward_q(const __grid_constant__ Params p) {
       Kept<kM, kN> kept;  // drawn while registers are free
       if (asks_dropout(p)) kept = draw<false, kM, kN>(p, b, n * kBc, place, row_of);
 #endif
-      if (kWalk)
-        walk_rows<kD>(s, warp_q, sK, (int)p.D, load_q, [&](int at) { load_k(sK, n, at); });
-      else
-        multiply_rows<kD / kStep>(s, warp_q, pitch_of(kD), tile_k, pitch_of(kD));
-      if (kWalk)
-        walk_rows<kDv>(dp, warp_o, sV, (int)p.Dv, load_o, [&](int at) { load_v(n, at); });
-      else
-        multiply_rows<kDv / kStep>(dp, warp_o, pitch_of(kDv), sV, pitch_of(kDv));
+      auto multiply = [&](auto rounded) {
+        constexpr bool kRounded = decltype(rounded)::value;
+        if (kWalk) {
+          walk_rows<kD, kRounded>(s, warp_q, sK, (int)p.D, load_q, [&](int at) { load_k(sK, n, at); });
+          walk_rows<kDv, kRounded>(dp, warp_o, sV, (int)p.Dv, load_o, [&](int at) { load_v(n, at); });
+        } else if constexpr (kRounded) {
+          multiply_rows_rounded<kD / kStep>(s, warp_q, pitch_of(kD), tile_k, pitch_of(kD));
+          multiply_rows_rounded<kDv / kStep>(dp, warp_o, pitch_of(kDv), sV, pitch_of(kDv));
+        } else {
+          multiply_rows<kD / kStep>(s, warp_q, pitch_of(kD), tile_k, pitch_of(kD));
+          multiply_rows<kDv / kStep>(dp, warp_o, pitch_of(kDv), sV, pitch_of(kDv));
+        }
+      };
+      if (kTruncates && asks_alibi(p) && p.row_sum) multiply(Rounded());
+      else multiply(Truncated());
       auto row_at = [&](const char* of, const Array& array, int r) {
         return row0 + r < entry.q_len ? of + (row0 + r) * array.row : nullptr;
       };
@@ -161,7 +167,7 @@ backward_q(const __grid_constant__ Params p) {
 #pragma unroll
         for (int m = 0; m < kM; m++)
 #pragma unroll
-          for (int half = 0; half < 2; half++) distances[m][half] += sum[m][half];
+          for (int half = 0; half < 2; half++) distances[m][half].add(sum[m][half]);
       }
 #endif
       __syncthreads();
@@ -178,8 +184,10 @@ backward_q(const __grid_constant__ Params p) {
         copies_commit();
       }
       if (mode != kUsual) sanitize<kBc, kD>(tile_k, mode);
-      multiply_blocks<false>(dq, dp, tile_k, pitch_of(kD), ones);
+      if (!asks_alibi(p) || p.dq.data) multiply_blocks<false>(dq, dp, tile_k, pitch_of(kD), ones);
+      if (kTwoLevels && next_step.n * kBc / kRowsOfPart != n * kBc / kRowsOfPart) end_part<false>(earlier, dq, ones);
     }
+    if (kTwoLevels) add_earlier<false>(dq, earlier, ones);
     copies_wait<0>();
     bool odd = false;
 #pragma unroll
@@ -187,18 +195,22 @@ backward_q(const __grid_constant__ Params p) {
 #pragma unroll
       for (int half = 0; half < 2; half++)
         if (lse[m][half] == infinity(Acc())) {  // no pair takes part, whatever the sums say
-          distances[m][half] = 0;
+          distances[m][half] = Total();
 #pragma unroll
           for (int x = 0; x < kO; x++) dq[m][x][2 * half] = dq[m][x][2 * half + 1] = 0;
         }
-    odd = __syncthreads_or(any_odd(dq));
+    odd = any_odd(dq);
+#pragma unroll
+    for (int m = 0; m < kM; m++)
+      odd = odd || !finite(distances[m][0].sum()) || !finite(distances[m][1].sum());
+    odd = __syncthreads_or(odd);
     if (mode == kUsual && odd) continue;
     if (p.row_sum && piece == 0 && mode != kTaint)
 #pragma unroll
       for (int m = 0; m < kM; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const Acc sum = (Acc)quad_sum(distances[m][half]);
+          const Acc sum = (Acc)quad_sum(distances[m][half].sum());
           const i64 row = row_start(p, b, h) + row0 + (warp * kM + m) * 16 + half * 8 + g;
           if (t == 0) ((Acc*)p.row_sum)[row] = sum;
         }

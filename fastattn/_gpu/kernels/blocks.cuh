@@ -54,7 +54,7 @@ DEVICE void write_row(const Params& p, char* to, Acc* partial, const Acc* from, 
 }
 
 // c += A B^T over head sizes beyond a tile: load_a(at), load_b(at) bring kColumns columns from `at` on.
-template <int kColumns, int M, int N, class LoadA, class LoadB>
+template <int kColumns, bool kRounded = false, int M, int N, class LoadA, class LoadB>
 DEVICE void walk_rows(Acc (&c)[M][N][4], const Tile* warp_a, const Tile* b, int size, LoadA load_a, LoadB load_b) {
   for (int at = 0; at < size; at += kColumns) {
     __syncthreads();
@@ -63,7 +63,10 @@ DEVICE void walk_rows(Acc (&c)[M][N][4], const Tile* warp_a, const Tile* b, int 
     copies_commit();
     copies_wait<0>();
     __syncthreads();
-    multiply_rows<kColumns / kStep>(c, warp_a, pitch_of(kColumns), b, pitch_of(kColumns));
+    if constexpr (kRounded)
+      multiply_rows_rounded<kColumns / kStep>(c, warp_a, pitch_of(kColumns), b, pitch_of(kColumns));
+    else
+      multiply_rows<kColumns / kStep>(c, warp_a, pitch_of(kColumns), b, pitch_of(kColumns));
   }
 }
 

@@ -105,11 +105,14 @@ forward(const __grid_constant__ Params p) {
 
   for (int mode = kUsual, next;; mode = next) {
     Acc o[kM][kO][4], row_max[kM][2], row_sum[kM][2];
+    Acc earlier[kM][kO][4], earlier_sum[kM][2] = {}, since[kM][2];  // of kTwoLevels; scale to this part's
     clear(o);
+    if (kTwoLevels) clear(earlier);
 #pragma unroll
     for (int m = 0; m < kM; m++) {
       row_max[m][0] = row_max[m][1] = none;
       row_sum[m][0] = row_sum[m][1] = 0;
+      since[m][0] = since[m][1] = 1;
     }
     __syncthreads();
     if (!kWalk && first_step.n < to) {
@@ -230,7 +233,34 @@ forward(const __grid_constant__ Params p) {
 #endif
       if (mode != kUsual) sanitize<kBc, kDv>(sV, mode);
       multiply_blocks<true>(o, s, sV, pitch_of(kDv), scale);
+      if (kTwoLevels) {
+        const bool ends = next_step.n * kBc / kRowsOfPart != n * kBc / kRowsOfPart;
+#pragma unroll
+        for (int m = 0; m < kM; m++)
+#pragma unroll
+          for (int half = 0; half < 2; half++) since[m][half] *= scale[m][half];
+        if (ends) {
+          end_part<true>(earlier, o, since);
+#pragma unroll
+          for (int m = 0; m < kM; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+              earlier_sum[m][half] = fma_of(earlier_sum[m][half], since[m][half], row_sum[m][half]);
+              row_sum[m][half] = 0;
+              since[m][half] = 1;
+            }
+        }
+      }
       if (kWalk) __syncthreads();
+    }
+
+    if (kTwoLevels) {
+      add_earlier<true>(o, earlier, since);
+#pragma unroll
+      for (int m = 0; m < kM; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+          row_sum[m][half] = fma_of(earlier_sum[m][half], since[m][half], row_sum[m][half]);
     }
 
     // Normalise, look for what is not finite.

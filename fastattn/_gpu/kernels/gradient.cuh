@@ -27,6 +27,8 @@ DEVICE Gradient gradient(const Params& p, Acc s, Acc z_dp, Acc lse, Acc delta, i
 }
 struct Careful { static constexpr bool value = true; };
 struct Usual { static constexpr bool value = false; };
+struct Rounded { static constexpr bool value = true; };
+struct Truncated { static constexpr bool value = false; };
 
 // What comes ahead of apply_options in the backward: products q . k are capped, and dP becomes
 // (z dP - delta) d capped / d product, the latter where `slopes` asks for it, without `scale`.

@@ -78,6 +78,7 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
     barrier_wait(v_full, 0);
     auto release = [&](int x) {
       const int stage = x % kStages;
+      __syncwarp();  // all lanes have read the rows' numbers
       if (lane == 0) {
         barrier_arrive(q_free + 8 * stage);
         barrier_arrive(o_free + 8 * stage);

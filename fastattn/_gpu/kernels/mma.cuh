@@ -109,8 +109,8 @@ template <> struct FactorA<float> { float x[4]; };
 template <> struct FactorB<float> { float x[2]; };
 #endif
 
-template <int N>
-DEVICE void set(u32 (&to)[N], const u32 (&from)[N]) {
+template <class T, int N>
+DEVICE void set(T (&to)[N], const T (&from)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) to[i] = from[i];
 }
@@ -302,6 +302,74 @@ DEVICE void multiply_rows(Acc (&c)[M][N][4], const Tile* a, int pitch_a, const T
   }
 }
 
+// The products of `a` in two: those with its numbers cut to few bits, in whose sum truncation finds
+// next to nothing to take, and the rest.
+DEVICE float cut(float x) { return __int_as_float(__float_as_int(x) & 0xfff80000); }
+DEVICE f16 cut(f16 x) { return {(u16)(finite(x) ? x.bits & 0xffc0 : x.bits)}; }
+DEVICE bf16 cut(bf16 x) { return {(u16)(finite(x) ? x.bits & 0xfff0 : x.bits)}; }
+
+template <class T>
+DEVICE void multiply_add_apart(Acc (&few)[4], Acc (&rest)[4], const FactorA<T>& a, const FactorB<T>& b) {
+  u32 of_few[4], of_rest[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const T low = {(u16)a.x[i]}, high = {(u16)(a.x[i] >> 16)};
+    of_few[i] = cut(low).bits | (u32)cut(high).bits << 16;
+    of_rest[i] = pack(T(), finite(low) ? widen(low) - widen(cut(low)) : 0,
+                      finite(high) ? widen(high) - widen(cut(high)) : 0);
+  }
+  multiply_add(few, of_few, b.x, T());
+  multiply_add(rest, of_rest, b.x, T());
+}
+#if kArch >= 80
+DEVICE void multiply_add_apart(float (&few)[4], float (&rest)[4], const FactorA<float>& a,
+                               const FactorB<float>& b) {
+  u32 of_few[4], of_rest[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float hi = __int_as_float(a.hi[i]);
+    of_few[i] = __float_as_int(cut(hi));
+    of_rest[i] = __float_as_int(hi - cut(hi));
+  }
+  multiply_add(rest, a.lo, b.hi, float());
+  multiply_add(rest, a.hi, b.lo, float());
+  multiply_add(rest, of_rest, b.hi, float());
+  multiply_add(few, of_few, b.hi, float());
+}
+#endif
+
+// As multiply_rows, but rounded to the nearest, for sums in which an error that always has the sign
+// of its product would add up.
+constexpr bool kTruncates = sizeof(Tile) == 2 || kSplit;
+
+template <int kSteps, int M, int N>
+DEVICE void multiply_rows_rounded(Acc (&c)[M][N][4], const Tile* a, int pitch_a, const Tile* b, int pitch_b) {
+  if constexpr (!kTruncates) {
+    multiply_rows<kSteps>(c, a, pitch_a, b, pitch_b);
+  } else {
+#pragma unroll 1
+    for (int k = 0; k < kSteps; k++) {
+      FactorA<Tile> fa[M];
+#pragma unroll
+      for (int m = 0; m < M; m++) load_a(fa[m], a + m * 16 * pitch_a + k * kStep, pitch_a);
+#pragma unroll
+      for (int n = 0; n < N; n += 2) {
+        FactorB<Tile> fb[2];
+        load_b(fb, b + n * 8 * pitch_b + k * kStep, pitch_b);
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            Acc few[4] = {}, rest[4] = {};
+            multiply_add_apart(few, rest, fa[m], fb[i]);
+#pragma unroll
+            for (int e = 0; e < 4; e++) c[m][n + i][e] += few[e] + rest[e];
+          }
+      }
+    }
+  }
+}
+
 // c = c x scale of its row + p x tile, for p in accumulator blocks, whose columns are the tile's
 // rows. scale[m][0] is that of row g, scale[m][1] that of row g + 8.
 template <bool kRescale, int M, int K, int N>
@@ -366,3 +434,41 @@ DEVICE void multiply_blocks(Acc (&c)[M][N][4], const Acc (&p)[M][K][4], const Ti
       }
   }
 }
+
+// ---------------------------------------------------------------- long sums
+
+// Sums of float64 over many tiles have two levels: c is the part of every so many rows of the tiles'
+// array, which joins the sum of earlier parts.
+constexpr bool kTwoLevels = sizeof(Tile) == 8;
+constexpr int kRowsOfPart = 512;
+
+// c += earlier parts x scale of their row.
+template <bool kRescale, int M, int N>
+DEVICE void add_earlier(Acc (&c)[M][N][4], const Acc (&earlier)[M][N][4], const Acc (&scale)[M][2]) {
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) c[m][n][e] = fma_of(earlier[m][n][e], kRescale ? scale[m][e >> 1] : 1, c[m][n][e]);
+}
+template <bool kRescale, int M, int N>
+DEVICE void end_part(Acc (&earlier)[M][N][4], Acc (&c)[M][N][4], const Acc (&scale)[M][2]) {
+  add_earlier<kRescale>(c, earlier, scale);
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < N; n++) set(earlier[m][n], c[m][n]);
+  clear(c);
+}
+
+// A sum of single numbers in float64; that of float64 numbers remembers what was rounded off.
+struct Total {
+  double high = 0, low = 0;
+  DEVICE void add(double x) {
+    const double sum = high + x, added = sum - high;
+    if (sizeof(Acc) == 8) low += (high - (sum - added)) + (x - added);
+    high = sum;
+  }
+  DEVICE double sum() const { return high + low; }
+};

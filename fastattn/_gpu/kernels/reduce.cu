@@ -17,11 +17,11 @@ DEVICE double block_sum(double x) {
 
 extern "C" __global__ void __launch_bounds__(kThreads)
 reduce(const __grid_constant__ Params p) {
-  double sum = 0;
+  Total own;
   if (p.slices > 0) {
     i64 index = blockIdx.x;
-    for (int x = threadIdx.x; x < p.slices; x += kThreads) sum += ((const double*)p.sums)[index * p.slices + x];
-    sum = block_sum(sum);
+    for (int x = threadIdx.x; x < p.slices; x += kThreads) own.add(((const double*)p.sums)[index * p.slices + x]);
+    const double sum = block_sum(own.sum());
     if (threadIdx.x) return;
     const i64 columns = p.column_sums ? 1 : p.Lk, rows = p.row_sums ? 1 : p.Lq, heads = p.head_sums ? 1 : p.Hq;
     const i64 column = index % columns, row = index / columns % rows, h = index / columns / rows % heads;
@@ -33,13 +33,13 @@ reduce(const __grid_constant__ Params p) {
   for (i64 x = threadIdx.x; x < p.batch * p.Lq; x += kThreads) {
     const i64 row = row_start(p, (int)(x / p.Lq), h) + x % p.Lq;
     if (p.row_sum) {
-      sum -= ((const Acc*)p.row_sum)[row];
+      own.add(-((const Acc*)p.row_sum)[row]);
     } else {
       const Acc lse = ((const Acc*)p.row_lse)[row];
       if (lse != infinity(Acc()))
-        sum -= (double)exp2_of((((const Acc*)p.sinks)[h] - lse) * (Acc)kLog2e) * ((const Acc*)p.row_delta)[row];
+        own.add(-(double)exp_of(((const Acc*)p.sinks)[h] - lse) * ((const Acc*)p.row_delta)[row]);
     }
   }
-  sum = block_sum(sum);
+  const double sum = block_sum(own.sum());
   if (threadIdx.x == 0) ((Acc*)p.sums)[h] = (Acc)sum;
 }
