@@ -599,9 +599,7 @@ def assert_forward(q, k, v, actual_out, actual_lse, **options):
         assert_lse_accurate(actual_lse, *lse, acc, siblings=lse_siblings)
 
 
-def assert_gradients(
-    dout, q, k, v, out, lse, actual, *, dlse=None, wrt=("q", "k", "v"), **options
-):
+def assert_gradients(dout, q, k, v, out, lse, actual, *, dlse=None, wrt=("q", "k", "v"), **options):
     """Assert that gradients are what the contract promises for these inputs and options.
 
     `actual` holds dq, dk, dv, dbias, dsinks and dalibi_slopes in this order, None where wrt does

@@ -112,6 +112,7 @@ def test_short_rows_of_groups(target, dtype, group, Lq, rng):
 
 # ---------------------------------------------------------------- head sizes
 
+
 @all_kernels
 @pytest.mark.parametrize("Lq", [1, 2, 3, 6, 16, 17, 130])
 def test_short_rows_against_long_keys(target, dtype, Lq, rng):

@@ -735,9 +735,7 @@ def test_assert_gradients_fails(dtype, field):
 
     def fails(match, wrt=ALL, **changes):
         with pytest.raises(AssertionError, match=match):
-            assert_gradients(
-                dout, q, k, v, out, lse, grads._replace(**changes), wrt=wrt, **options
-            )
+            assert_gradients(dout, q, k, v, out, lse, grads._replace(**changes), wrt=wrt, **options)
 
     largest = np.unravel_index(abs(value).argmax(), value.shape)
     wrong = value.copy()

@@ -1,5 +1,5 @@
-// scores, accumulate and peak of tile.h by AMX: products of tiles of 16 rows x 64 bytes, which lie in
-// registers of their own.
+// scores, accumulate and peak of tile.h by AMX: products of tiles of 16 rows x 64 bytes, which lie
+// in registers of their own.
 //
 //     C[16][16 reals] += A[16][16 units] B[16 units][16]
 //
@@ -49,7 +49,8 @@ static void tiles_configure(int rows, int rest) {
 // C[..][1 or 2 vectors] = A B, or that added to C; A's next run of units is a_run further.
 INLINE void tiles_product(real *c, ptrdiff_t ldc, int vectors, const unit *a, ptrdiff_t a_row,
                           ptrdiff_t a_run, const unit *b, ptrdiff_t ldb, int depth, int add) {
-    const ptrdiff_t c_bytes = ldc * (ptrdiff_t)sizeof(real), a_bytes = a_row * (ptrdiff_t)sizeof(unit);
+    const ptrdiff_t c_bytes = ldc * (ptrdiff_t)sizeof(real);
+    const ptrdiff_t a_bytes = a_row * (ptrdiff_t)sizeof(unit);
     const ptrdiff_t b_bytes = ldb * (ptrdiff_t)sizeof(unit);
     __asm__ volatile("" ::: "memory");  // GCC does not know that _tile_loadd reads memory
     if (add) {
@@ -90,13 +91,14 @@ static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const voi
     for (int row = 0; row < keys; row += RUN_UNITS) {
         int rows = keys - row < RUN_UNITS ? keys - row : RUN_UNITS;
         if (row == 0 || rows < RUN_UNITS) tiles_configure(rows, depth % RUN_UNITS);
-        tiles_product(s + (ptrdiff_t)row * panel, panel, panel / V_LANES, k + row * ldk, ldk, RUN_UNITS,
-                      q, panel, depth, 0);
+        tiles_product(s + (ptrdiff_t)row * panel, panel, panel / V_LANES, k + row * ldk, ldk,
+                      RUN_UNITS, q, panel, depth, 0);
     }
     _tile_release();
     for (int lane = 0; lane < panel; lane += V_LANES) {
         vr top = v_set1(-INFINITY);
-        for (int key = 0; key < keys; key++) top = v_max(top, v_load(s + (ptrdiff_t)key * panel + lane));
+        for (int key = 0; key < keys; key++)
+            top = v_max(top, v_load(s + (ptrdiff_t)key * panel + lane));
         v_store((real *)tile_max + lane, top);
     }
 }
@@ -127,7 +129,8 @@ static void accumulate(const fa_product *x) {
         }
         if (x->row_start) {
             start = end;
-            for (int i = row; i < row + rows; i++) start = x->row_start[i] < start ? x->row_start[i] : start;
+            for (int i = row; i < row + rows; i++)
+                start = x->row_start[i] < start ? x->row_start[i] : start;
             start = start / RUN_UNITS * RUN_UNITS;
         }
         if (alpha)
@@ -142,7 +145,8 @@ static void accumulate(const fa_product *x) {
             ptrdiff_t a_row = x->a_row, a_run = RUN_UNITS;
             if (x->a_depth != 1) {
                 for (int d = 0; d < n; d += RUN_UNITS)
-                    transpose_units(left + d * RUN_UNITS, from + d * x->a_depth, x->a_depth, rows, n - d);
+                    transpose_units(left + d * RUN_UNITS, from + d * x->a_depth, x->a_depth, rows,
+                                    n - d);
                 from = left;
                 a_row = RUN_UNITS;
                 a_run = RUN_UNITS * RUN_UNITS;
