@@ -899,6 +899,20 @@ def test_a_plan_is_filled_in_as_if_it_was_made_for_the_call(name, dtype, launche
         assert any(driver._known.values()) == (name in ("none", "causal"))
 
 
+def test_results_at_other_alignments_have_a_plan_of_their_own(launches, driver):
+    from fastattn.attention import attention_forward
+
+    cupy = driver.cupy
+    with cupy.cuda.using_allocator(Memory(0x7F0000000000)):
+        q, k, v = (cupy.ndarray((2, 4, 300, 64), np.float16) for _ in range(3))
+        for _ in range(3):
+            attention_forward(q, k, v)
+    assert all(driver._known.values()) and len(driver._plans) == 1
+    with cupy.cuda.using_allocator(Memory(0x7E0000000008)):
+        out, _ = attention_forward(q, k, v)
+    assert out.data.ptr % 16 == 8 and len(driver._plans) == 2
+
+
 def test_what_is_known_is_known_by_all_that_it_depends_on(launches, driver):
     """Each change gives another result or error than the call that was done before it."""
     from fastattn import scaled_dot_product_attention

@@ -185,9 +185,11 @@ def forward_again(
     if device != cupy.cuda.runtime.getDevice():
         return None, None
     out, lse = cupy.ndarray(*known.out), cupy.ndarray(*known.lse)
+    at_out, at_lse = out.data.ptr, lse.data.ptr
+    if (at_out | at_lse) % ALIGNMENT:  # a caller's allocator may do so
+        return None, None
     slots = [
-        0, at_q & -ALIGNMENT, at_k & -ALIGNMENT, at_v & -ALIGNMENT, *_OTHERS,
-        out.data.ptr, lse.data.ptr,
+        0, at_q & -ALIGNMENT, at_k & -ALIGNMENT, at_v & -ALIGNMENT, *_OTHERS, at_out, at_lse,
     ]  # fmt: skip
     known.plan.start(slots, cupy.cuda.get_current_stream().ptr)
     return kind, (out, lse)
@@ -200,7 +202,7 @@ def remember_forward(kind: tuple[Any, ...], problem: Problem, out: Any, lse: Any
         return
     of_plan, _ = _kind_and_slots(_forward, problem, (out, lse))
     plan = _plans.get(of_plan)
-    if plan and (out.data.ptr | lse.data.ptr) % ALIGNMENT == 0:  # as later results are
+    if plan and (out.data.ptr | lse.data.ptr) % ALIGNMENT == 0:
         like = [
             (x.shape, x.dtype) if x.flags.c_contiguous else (x.shape, x.dtype, None, x.strides)
             for x in (out, lse)
