@@ -46,6 +46,18 @@ static void tiles_configure(int rows, int rest) {
     _tile_loadconfig(&config);
 }
 
+// Registers are named in the instructions themselves: a function cannot take them.
+#define MULTIPLY(A, B0, B1)                        \
+    do {                                           \
+        _tile_loadd(A, a, a_bytes);                \
+        _tile_loadd(B0, b, b_bytes);               \
+        _tile_dpbf16ps(C0, A, B0);                 \
+        if (vectors == 2) {                        \
+            _tile_loadd(B1, b + V_LANES, b_bytes); \
+            _tile_dpbf16ps(C1, A, B1);             \
+        }                                          \
+    } while (0)
+
 // C[..][1 or 2 vectors] = A B, or that added to C; A's next run of units is a_run further.
 INLINE void tiles_product(real *c, ptrdiff_t ldc, int vectors, const unit *a, ptrdiff_t a_row,
                           ptrdiff_t a_run, const unit *b, ptrdiff_t ldb, int depth, int add) {
@@ -61,25 +73,11 @@ INLINE void tiles_product(real *c, ptrdiff_t ldc, int vectors, const unit *a, pt
         _tile_zero(C1);
     }
     for (; depth >= RUN_UNITS; depth -= RUN_UNITS) {
-        _tile_loadd(A_RUN, a, a_bytes);
-        _tile_loadd(B0_RUN, b, b_bytes);
-        _tile_dpbf16ps(C0, A_RUN, B0_RUN);
-        if (vectors == 2) {
-            _tile_loadd(B1_RUN, b + V_LANES, b_bytes);
-            _tile_dpbf16ps(C1, A_RUN, B1_RUN);
-        }
+        MULTIPLY(A_RUN, B0_RUN, B1_RUN);
         a += a_run;
         b += RUN_UNITS * ldb;
     }
-    if (depth > 0) {
-        _tile_loadd(A_REST, a, a_bytes);
-        _tile_loadd(B0_REST, b, b_bytes);
-        _tile_dpbf16ps(C0, A_REST, B0_REST);
-        if (vectors == 2) {
-            _tile_loadd(B1_REST, b + V_LANES, b_bytes);
-            _tile_dpbf16ps(C1, A_REST, B1_REST);
-        }
-    }
+    if (depth > 0) MULTIPLY(A_REST, B0_REST, B1_REST);
     _tile_stored(C0, c, c_bytes);
     if (vectors == 2) _tile_stored(C1, c + V_LANES, c_bytes);
 }
