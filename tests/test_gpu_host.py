@@ -187,7 +187,6 @@ def test_fast_is_what_benchmarks_run():
         for kernel in ("forward", config.DECODE, "backward_q", "backward_kv")
         for dtype in sizes
         for D in sizes[dtype]
-        if not (kernel == config.DECODE and D == 256)
     }
 
 

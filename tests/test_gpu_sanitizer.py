@@ -5,6 +5,7 @@ element-wise options, split keys, and blocks that are computed again. CuPy's poo
 memory ends where its array does. `pytest -m slow` runs it so once per tool and dtype.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -47,9 +48,9 @@ def cases(rng, dtype):
 def all_lanes_arrive(text):
     """The source of hopper_backward_kv, with every lane telling the loader that it has read.
 
-    There lane 0 does so for its warp, behind a __syncwarp. That this orders the other lanes' reads
-    of lse and delta before the next copy to the same place is not seen by racecheck, which knows
-    of a thread's own arrivals only.
+    There lane 0 does so for its warp, behind a __syncwarp. racecheck reports the other lanes' reads
+    of lse and delta as races with the next copy to the same place. Where it reports none for this
+    source, the arrival of lane 0 alone is all that it misses.
     """
     for old, new in (
         ("constexpr int kReaders = 4 * kGroups;", "constexpr int kReaders = 128 * kGroups;"),
@@ -60,19 +61,19 @@ def all_lanes_arrive(text):
     return text
 
 
-def run_cases(dtype, tool):
+def run_cases(dtype, source="as_it_is"):
     import cupy
 
     from fastattn._gpu import config, device
 
-    if tool == "racecheck":
+    if source == "all_lanes_arrive":
         assemble = device.assemble
 
-        def assemble_for_racecheck(config):
+        def assemble_with_all(config):
             text = assemble(config)
             return all_lanes_arrive(text) if config.kernel == "hopper_backward_kv" else text
 
-        device.assemble = assemble_for_racecheck
+        device.assemble = assemble_with_all
 
     def copy(x):  # CuPy takes no bfloat16 from the host
         if not isinstance(x, np.ndarray):
@@ -96,17 +97,31 @@ def run_cases(dtype, tool):
     assert ran == expected, expected ^ ran
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_kernel_is_clean(tool, dtype):
+def sanitized(tool, *arguments):
+    """What a tool makes of `run_cases`: whether nothing is wrong, and what it says."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("needs compute-sanitizer, which the CUDA toolkit has")
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__]
-    command += [dtype, tool]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "ERROR SUMMARY: 0 errors" in done.stdout or "0 hazards" in done.stdout, done.stdout
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=1800)
+    told = "ERROR SUMMARY: 0 errors" in done.stdout or "0 hazards" in done.stdout
+    return done.returncode == 0 and told, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_kernel_is_clean(tool, dtype):
+    clean, text = sanitized(tool, dtype)
+    reported = set(re.findall(r"Thread \(.*\) at (\w+)\+0x", text))
+    if tool == "racecheck" and reported == {"hopper_backward_kv"}:
+        pytest.xfail("reads of lse and delta are reported: see all_lanes_arrive")
+    assert clean, text[-8000:]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_racecheck_misses_the_arrival_of_one_lane_alone(dtype):
+    clean, text = sanitized("racecheck", dtype, "all_lanes_arrive")
+    assert clean, text[-8000:]
 
 
 if __name__ == "__main__":

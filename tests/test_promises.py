@@ -711,9 +711,10 @@ class TestAccuracy:
     def test_of_long_rows(self, target, dtype, rng):
         make_case(rng, dtype, Hq=1, Lq=16, Lk=20000, D=8, Dv=5).check()
 
-    def test_of_long_rows_of_more_queries(self, target, rng):
+    @all_kernels
+    def test_of_long_rows_of_more_queries(self, target, dtype, rng):
         """Of few, keys may be split."""
-        make_case(rng, np.float64, Hq=1, Lq=70, Lk=20000, D=8, Dv=5).check()
+        make_case(rng, dtype, Hq=1, Lq=70, Lk=20000, D=8, Dv=5).check()
 
     @pytest.mark.parametrize(
         "dtype", [np.float16, np.float32, np.float64], ids=lambda x: x.__name__

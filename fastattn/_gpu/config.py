@@ -52,8 +52,7 @@ class Config(NamedTuple):
         """Whether benchmarks run it, so that its numbers have to stay in registers."""
         if self.kernel in HOPPER_KERNELS:
             return self.kernel in _CAREFUL
-        widest = DTYPES[self.tile_dtype] == 2 and self.kernel != DECODE
-        sizes = (64, 128, 256) if widest else (64, 128)
+        sizes = (64, 128, 256) if DTYPES[self.tile_dtype] == 2 else (64, 128)
         return (
             self.kernel in ("forward", DECODE, "backward_q", "backward_kv")
             and not (self.options or self.walk)
