@@ -270,6 +270,7 @@ cdef bint lies_whole(const Job *job, const Array *a, int cols) noexcept nogil:
 cdef void fill_job(Job *job, problem, bint backward) except *:
     cdef const fa_kernels *kr = kernels_for(problem.dtype)
     cdef int axis, lanes = kr.lanes, rows
+    cdef int64_t row_bytes
     cdef double scale = problem.scale, dropout_p = problem.dropout_p
     lead = problem.lead
     job.kernels = kr
@@ -326,8 +327,9 @@ cdef void fill_job(Job *job, problem, bint backward) except *:
     # dk and dv of a long sequence lie outside the caches, and are added to once a block.
     if backward and kr.real_bytes == 4 and job.Lq >= 1536:
         job.Br += job.Br // 2
-    if job.D + job.Dv > 512:  # the block's q and o stay about as large
-        job.Br = max(2 * lanes, job.Br * 512 // (job.D + job.Dv) // (2 * lanes) * (2 * lanes))
+    row_bytes = (job.D + job.Dv) * kr.real_bytes
+    if row_bytes > 2048:  # the block's q and o stay about as large
+        job.Br = max(2 * lanes, job.Br * 2048 // row_bytes // (2 * lanes) * (2 * lanes))
     # Short rows of the heads that share keys are taken together.
     job.stack = 1
     if not backward and 0 < job.Lq <= job.Br // 2:
