@@ -24,7 +24,7 @@ import numpy
 cimport openmp
 cimport numpy as cnp
 from cython.parallel cimport prange
-from libc.math cimport exp, ldexp, log, INFINITY, NAN
+from libc.math cimport ceil, exp, ldexp, log, INFINITY, NAN
 from libc.stdint cimport SIZE_MAX, int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
@@ -169,7 +169,7 @@ def forward(problem, cnp.ndarray out not None, cnp.ndarray lse not None):
     items = job.batch * job.Hkv * job.blocks * job.chunks
     if items == 0:
         return
-    team.size = team_size(&job, num_threads_for(problem.num_threads), items)
+    team.size = team_size(&job, problem.num_threads, items)
     team.spaces = make_workspaces(&job, team.size, partial_bytes(&job), &memory)
     with nogil:
         for t in range(team.size if job.chunks > 1 else 0):
@@ -182,7 +182,6 @@ def backward(problem, cnp.ndarray dout not None, cnp.ndarray out not None, cnp.n
              dq, dk, dv, dbias, dsinks, dalibi_slopes):
     """Fill the gradients that are not None; see fastattn._backends.Backend."""
     cdef Job job
-    cdef int threads
     fill_job(&job, problem, True)
     set_array(&job.dout, dout, job.lead_dims)
     set_array(&job.out, out, job.lead_dims)
@@ -199,9 +198,8 @@ def backward(problem, cnp.ndarray dout not None, cnp.ndarray out not None, cnp.n
     if dalibi_slopes is not None:
         slope_sums = numpy.zeros(rows_shape)
         job.dslope_rows = <double *> cnp.PyArray_DATA(<cnp.ndarray> slope_sums)
-    threads = num_threads_for(problem.num_threads)
     if any(gradient is not None for gradient in (dq, dk, dv, dsinks, dalibi_slopes)):
-        backward_heads(&job, threads)
+        backward_heads(&job, problem.num_threads)
     with numpy.errstate(all="ignore"):  # a NaN or an infinity is a result, not news
         if dsinks is not None:
             dsinks[...] = sink_sums.sum(axis=1)
@@ -209,7 +207,7 @@ def backward(problem, cnp.ndarray dout not None, cnp.ndarray out not None, cnp.n
             dalibi_slopes[...] = slope_sums.sum(axis=1)
     if dbias is not None:
         set_array(&job.dbias, dbias, job.lead_dims)
-        backward_bias(&job, threads, list(zip(dbias.shape, dbias.strides))[:dbias.ndim - 2])
+        backward_bias(&job, problem.num_threads, list(zip(dbias.shape, dbias.strides))[:dbias.ndim - 2])
 
 
 # ---- which kernels, how many threads ------------------------------------------------------------------------

@@ -288,11 +288,11 @@ cdef struct Shared:            # heads that all threads work on together
     int64_t first, count
     int64_t *passed            # [count][blocks + 1]: the key up to which a block has added
 
-cdef void backward_heads(const Job *job, int threads) except *:
+cdef void backward_heads(const Job *job, num_threads) except *:
     """All gradients but dbias. Each thread takes whole heads while there are enough for all; the
     heads left over are shared."""
     cdef int64_t heads = job.batch * job.Hkv, n
-    cdef int team = team_size(job, threads, heads * max(1, job.blocks))
+    cdef int team = team_size(job, num_threads, heads * max(1, job.blocks))
     cdef char *memory = NULL
     cdef void *passed = NULL
     cdef Shared shared
@@ -411,7 +411,7 @@ cdef inline void fold(const Job *job, Workspace *ws, int r0, int r1, int j0, int
             total[0] += ws.dbias[(<ptrdiff_t> (r // job.panel) * job.Bc + j) * job.panel + r % job.panel]
 
 
-cdef void backward_bias(const Job *job, int threads, axes) except *:
+cdef void backward_bias(const Job *job, num_threads, axes) except *:
     """dbias, a task for every tile of elements of its own; axes are (size, stride) of its leading
     axes and heads."""
     cdef char *memory = NULL
@@ -432,7 +432,7 @@ cdef void backward_bias(const Job *job, int threads, axes) except *:
     count = len(owners) * tasks.rows * tasks.keys
     if count == 0 or job.Lq == 0 or job.Lk == 0:
         return
-    team = team_size(job, threads, count)
+    team = team_size(job, num_threads, count)
     spaces = make_workspaces(job, team, 0, &memory)
     with nogil:
         run(job, spaces, team, count, bias_task, &tasks)

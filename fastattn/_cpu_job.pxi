@@ -268,55 +268,52 @@ cdef bint lies_whole(const Job *job, const Array *a, int cols) noexcept nogil:
             and cols % kr.pair == 0)
 
 cdef void fill_job(Job *job, problem, bint backward) except *:
-    cdef const fa_kernels *kr = kernels_for(problem.dtype)
-    cdef int axis, lanes = kr.lanes, rows
-    cdef int64_t row_bytes
-    cdef double scale = problem.scale, dropout_p = problem.dropout_p
-    lead = problem.lead
+    cdef const fa_kernels *kr
+    cdef int axis, lanes, rows
+    cdef int64_t D, Dv, row_bytes
+    cdef double scale, dropout_p
+    # Problem's fields in its order: by name each would take as long as the rest of a small call.
+    (lead, job.batch, job.Hq, job.Hkv, job.group, job.Lq, job.Lk, D, Dv, dtype, _, q, k, v, attn_mask,
+     bias, left, right, causal_offset, q_lens, kv_lens, q_segment_ids, kv_segment_ids, scale, job.softcap,
+     alibi_slopes, sinks, dropout_p, job.seed, _, _) = <tuple> problem
+    kr = kernels_for(dtype)
+    lanes = kr.lanes
     job.kernels = kr
     job.is_backward = backward
     job.lead_dims = <int> len(lead)
     for axis in range(job.lead_dims):
         job.lead[axis] = lead[axis]
-    job.batch = problem.batch
-    job.Hq = problem.Hq
-    job.Hkv = problem.Hkv
-    job.group = max(1, <int64_t> problem.group)
-    job.Lq = problem.Lq
-    job.Lk = problem.Lk
-    if max(problem.D, problem.Dv) > 1 << 30:
-        raise MemoryError(f"no memory for rows of D = {problem.D} and Dv = {problem.Dv} elements")
-    job.D = problem.D
-    job.Dv = problem.Dv
+    job.group = max(1, job.group)
+    if max(D, Dv) > 1 << 30:
+        raise MemoryError(f"no memory for rows of D = {D} and Dv = {Dv} elements")
+    job.D = D
+    job.Dv = Dv
     job.D_units = ceil_div(job.D, kr.pair)
     job.Dv_units = ceil_div(job.Dv, kr.pair)
     job.D_cols = ceil_div(job.D, lanes) * lanes
     job.Dv_cols = ceil_div(job.Dv, lanes) * lanes
-    set_array(&job.q, problem.q, job.lead_dims)
-    set_array(&job.k, problem.k, job.lead_dims)
-    set_array(&job.v, problem.v, job.lead_dims)
-    set_optional(&job.attn_mask, problem.attn_mask, job.lead_dims)
-    set_optional(&job.bias, problem.bias, job.lead_dims)
-    set_optional(&job.q_segment_ids, problem.q_segment_ids, job.lead_dims)
-    set_optional(&job.kv_segment_ids, problem.kv_segment_ids, job.lead_dims)
+    set_array(&job.q, q, job.lead_dims)
+    set_array(&job.k, k, job.lead_dims)
+    set_array(&job.v, v, job.lead_dims)
+    set_optional(&job.attn_mask, attn_mask, job.lead_dims)
+    set_optional(&job.bias, bias, job.lead_dims)
+    set_optional(&job.q_segment_ids, q_segment_ids, job.lead_dims)
+    set_optional(&job.kv_segment_ids, kv_segment_ids, job.lead_dims)
     job.dlse.dtype = job.dq.dtype = job.dk.dtype = job.dv.dtype = job.dbias.dtype = FA_NONE
     job.dsink_rows = job.dslope_rows = NULL
-    left, right = problem.window_left, problem.window_right
     job.bounded_left = left is not None
     job.bounded_right = right is not None
     job.left = left if job.bounded_left else 0
     job.right = right if job.bounded_right else 0
-    job.offset = int64_data(problem.causal_offset)
-    job.q_lens = int64_data(problem.q_lens)
-    job.kv_lens = int64_data(problem.kv_lens)
-    job.slopes = data_or_null(problem.alibi_slopes)
-    job.sinks = data_or_null(problem.sinks)
+    job.offset = int64_data(causal_offset)
+    job.q_lens = int64_data(q_lens)
+    job.kv_lens = int64_data(kv_lens)
+    job.slopes = data_or_null(alibi_slopes)
+    job.sinks = data_or_null(sinks)
     job.negate = scale < 0
     job.scale = -scale if job.negate else scale
-    job.softcap = problem.softcap
-    job.seed = problem.seed
     # ceil(p 2^32) <= 2^32; p = 1 keeps nothing, whatever the factor.
-    job.threshold = <uint64_t> math.ceil(dropout_p * 4294967296.0)
+    job.threshold = <uint64_t> ceil(dropout_p * 4294967296.0)
     job.drop_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0
     # Unfinished scores let softmax apply the scale, as (s - max) scale: out of range for the extremes.
     job.adjusted = (job.softcap != 0 or job.attn_mask.dtype < FA_BOOL or job.bias.dtype < FA_BOOL
@@ -353,12 +350,14 @@ cdef void fill_job(Job *job, problem, bint backward) except *:
         backward or (kr.pair == 1 and job.Dv == job.Dv_cols))
 
 
-cdef int team_size(const Job *job, int threads, int64_t items) noexcept nogil:
+cdef int team_size(const Job *job, num_threads, int64_t items) except -1:
     """Threads worth waking: one for each half million multiply-adds, no more than items, and never
     so many that the system might refuse them, for which GCC's OpenMP ends the process."""
     cdef double work = <double> job.batch * job.Hq * job.Lq * job.Lk * (job.D + job.Dv)
-    cdef int most = max(64, 4 * openmp.omp_get_num_procs())
-    return <int> max(1, min(<double> min(threads, most), min(<double> items, 1 + work / 524288)))
+    cdef double most = min(<double> items, 1 + work / 524288)
+    if most < 2:  # before the system is asked for what this process may use
+        return 1
+    return <int> min(<double> min(num_threads_for(num_threads), max(64, 4 * openmp.omp_get_num_procs())), most)
 
 cdef Workspace *make_workspaces(const Job *job, int threads, double extra_bytes, char **memory) except NULL:
     """One Workspace a thread, with `extra_bytes` behind each; free memory[0] once, after use."""
