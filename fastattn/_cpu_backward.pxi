@@ -406,9 +406,12 @@ cdef void bias_task(const Job *job, Workspace *ws, int64_t task, const void *tas
 
 cdef inline void fold(const Job *job, Workspace *ws, int r0, int r1, int j0, int j1, double *total) noexcept nogil:
     cdef int r, j
-    for r in range(r0, r1):
+    cdef double row
+    for r in range(r0, r1):  # a sum of sums: its error grows with the longer chain, not with all of it
+        row = 0
         for j in range(j0, j1):
-            total[0] += ws.dbias[(<ptrdiff_t> (r // job.panel) * job.Bc + j) * job.panel + r % job.panel]
+            row += ws.dbias[(<ptrdiff_t> (r // job.panel) * job.Bc + j) * job.panel + r % job.panel]
+        total[0] += row
 
 
 cdef void backward_bias(const Job *job, num_threads, axes) except *:

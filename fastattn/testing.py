@@ -553,25 +553,30 @@ def assert_lse_accurate(actual, exact, plain, acc, *, siblings=(), name="lse"):
 def _exact_and_plain(reference, arrays, q, pairs, **given):
     """Return [(exact, plain), ...] of these inputs, and then of siblings if the problem is small.
 
-    Float64 inputs are judged by longdouble. Siblings differ from the inputs in the last digits.
+    Float64 inputs are judged by longdouble. Siblings differ from the inputs in the last digits, those
+    that are options too: a score that is mostly bias or slope would be rounded alike in all of them.
     """
     acc = _accumulation_dtype(q.dtype)
     exact = dict(compute_dtype=np.longdouble if acc == np.float64 else np.float64)
     plain = dict(compute_dtype=acc, round_products=q.dtype if q.dtype.itemsize == 2 else None)
 
-    def both(arrays):
+    def both(arrays, given):
         return reference(*arrays, **exact, **given), reference(*arrays, **plain, **given)
 
-    results = [both(arrays)]
+    results = [both(arrays, given)]
     few_elements = any(0 < x.size < 64 for x in results[0][0] if x is not None)
     siblings = min(max(2**18 // max(pairs, 1), 3 if few_elements else 0), 16)
     rng = np.random.default_rng(0)
     for _ in range(siblings):
-        results.append(both([_with_other_last_digits(rng, x) for x in arrays]))
+        others = [_with_other_last_digits(rng, x) for x in arrays]
+        options = {name: _with_other_last_digits(rng, x) for name, x in given.items()}
+        results.append(both(others, options))
     return results
 
 
 def _with_other_last_digits(rng, x):
+    if not isinstance(x, np.ndarray) or x.dtype.name not in EPS:
+        return x
     eps = EPS[x.dtype.name]
     with np.errstate(over="ignore"):
         return (x * (1 + rng.uniform(-2 * eps, 2 * eps, x.shape))).astype(x.dtype)

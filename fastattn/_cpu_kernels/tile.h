@@ -843,8 +843,13 @@ static void add_distances(void *sum_, const void *t_, int panel, int keys, const
     const real *t = t_;
     for (int lane = 0; lane < panel; lane += V_LANES) {
         vr at = v_load((const real *)centre + lane), sum = {};
-        for (int key = 0; key < keys; key++)
-            sum = v_fma(v_load(t + (ptrdiff_t)key * panel + lane), v_abs(at - v_set1((real)key)), sum);
+        for (int run = 0; run < keys; run += FA_RUN) {
+            vr part = {};
+            for (int key = run; key < keys && key < run + FA_RUN; key++)
+                part = v_fma(v_load(t + (ptrdiff_t)key * panel + lane),
+                             v_abs(at - v_set1((real)key)), part);
+            sum += part;
+        }
         real *out = (real *)sum_ + lane;
         v_store(out, v_load(out) + sum);
     }
