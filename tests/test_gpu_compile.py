@@ -2,7 +2,7 @@
 
 NVRTC of the wheel nvidia-cuda-nvrtc is called through ctypes, with the options that CuPy gives it.
 The default run compiles each kernel for one head size, and the smallest for each architecture; the
-slow one compiles every source text that there is.
+slow one compiles every other source text that there is.
 """
 
 import ctypes
@@ -146,21 +146,50 @@ def test_errors_and_spills_are_seen(nvrtc):
     )
 
 
-@pytest.mark.parametrize("kernel", config.KERNELS)
-def test_kernel_compiles(nvrtc, kernel):
-    jobs = {
+def jobs_of(kernel):
+    """A kernel for one head size: with no element-wise option and with all."""
+    found = {
         (chosen(kernel, 80, dtype, 64, options), 80): None
         for dtype in config.DTYPES
         for options in ("", "all")
     }
-    compile_all(nvrtc, list(jobs))
+    return list(found)
 
 
-@pytest.mark.parametrize("kernel", ["forward", "backward_q", "backward_kv"])
-def test_hopper_kernels_compile(nvrtc, kernel):
+def jobs_of_hopper(kernel):
     fast = [chosen(kernel, 90, dtype, 64) for dtype in ("float16", "bfloat16")]
-    assert {c.family for c in fast} == {"sm_90a"}
-    compile_all(nvrtc, [(c, 90) for f in fast for c in (f, config.careful(f))])
+    return [(c, 90) for f in fast for c in (f, config.careful(f))]
+
+
+def jobs_of_options():
+    return [
+        (chosen(kernel, 80, "bfloat16", 64, options), 80)
+        for kernel in ("forward", "backward_q", "backward_kv")
+        for options in config.OPTIONS
+    ]
+
+
+def jobs_of_architectures():
+    return [
+        (chosen("forward", arch, dtype, 32, rows=16), arch)
+        for arch in config.ARCHS
+        for dtype in ("bfloat16", "float32")  # what families have different instructions for
+    ]
+
+
+HOPPER = ("forward", "backward_q", "backward_kv")
+
+
+@pytest.mark.parametrize("kernel", config.KERNELS)
+def test_kernel_compiles(nvrtc, kernel):
+    compile_all(nvrtc, jobs_of(kernel))
+
+
+@pytest.mark.parametrize("kernel", HOPPER)
+def test_hopper_kernels_compile(nvrtc, kernel):
+    jobs = jobs_of_hopper(kernel)
+    assert {c.family for c, _ in jobs} == {"sm_90a"}
+    compile_all(nvrtc, jobs)
 
 
 def test_serialised_products_are_seen(nvrtc):
@@ -174,22 +203,13 @@ def test_serialised_products_are_seen(nvrtc):
 
 
 def test_kernels_of_single_options_compile(nvrtc):
-    jobs = [
-        (chosen(kernel, 80, "bfloat16", 32, options), 80)
-        for kernel in ("forward", "backward_q", "backward_kv")
-        for options in config.OPTIONS
-    ]
+    jobs = jobs_of_options()
     assert {job[0].options for job in jobs} == set(config.OPTIONS)
     compile_all(nvrtc, jobs)
 
 
 def test_architectures_compile(nvrtc):
-    jobs = [
-        (chosen("forward", arch, dtype, 32, rows=16), arch)
-        for arch in config.ARCHS
-        for dtype in ("bfloat16", "float32")  # what families have different instructions for
-    ]
-    compile_all(nvrtc, jobs)
+    compile_all(nvrtc, jobs_of_architectures())
 
 
 # What these architectures choose is all there is: they differ in family and in shared memory.
@@ -203,28 +223,36 @@ def test_slow_architectures_choose_all_there_is():
     assert all_of(SLOW_ARCHS) == all_of(config.ARCHS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", SLOW_ARCHS)
-def test_every_configuration_compiles(nvrtc, arch):
-    """Of a text that an earlier architecture compiles too, only what has to be fast is repeated;
-    kernels of single options, which differ in what they leave out, are compiled for two head sizes.
-    """
+def jobs_of_slow(arch):
+    """What the slow run compiles for an architecture: of a text that an earlier one compiles too,
+    only what has to be fast; kernels of single options, which differ in what they leave out, for
+    two head sizes; and nothing that the default run compiles."""
     earlier = {
         c
         for other in SLOW_ARCHS[: SLOW_ARCHS.index(arch)]
         for c in config.configs(other, config.default_family(other))
     }
-    configs = config.configs(arch, config.default_family(arch))
-    jobs = [
+    default = {*jobs_of_options(), *jobs_of_architectures()}
+    default.update(job for kernel in config.KERNELS for job in jobs_of(kernel))
+    default.update(job for kernel in HOPPER for job in jobs_of_hopper(kernel))
+    return [
         (c, arch)
-        for c in configs
-        if c.fast
-        or (
-            c not in earlier
-            and (
-                c.options not in config.OPTIONS
-                or (c.dtype, c.D) in (("bfloat16", 64), ("float16", 128))
+        for c in config.configs(arch, config.default_family(arch))
+        if (c, arch) not in default
+        and (
+            c.fast
+            or (
+                c not in earlier
+                and (
+                    c.options not in config.OPTIONS
+                    or (c.dtype, c.D) in (("bfloat16", 64), ("float16", 128))
+                )
             )
         )
     ]
-    compile_all(nvrtc, jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SLOW_ARCHS)
+def test_every_other_configuration_compiles(nvrtc, arch):
+    compile_all(nvrtc, jobs_of_slow(arch))

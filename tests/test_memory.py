@@ -142,8 +142,9 @@ def test_forward_takes_2_MiB_a_thread(dtype):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_takes_2_MiB_a_thread_for_all_pairs(dtype, threads):
+    """A bit for each pair of the two heads would take 16 MiB."""
     run_here(
-        f"forward_workspace({dtype!r}, {L}, {L}, 256, {threads}, 'no_mask', True)",
+        f"forward_workspace({dtype!r}, {L // 2}, {L // 2}, 256, {threads}, 'no_mask', True)",
         timeout=600, **MALLOC,
     )  # fmt: skip
 
