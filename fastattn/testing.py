@@ -553,8 +553,8 @@ def assert_lse_accurate(actual, exact, plain, acc, *, siblings=(), name="lse"):
 def _exact_and_plain(reference, arrays, q, pairs, **given):
     """Return [(exact, plain), ...] of these inputs, and then of siblings if the problem is small.
 
-    Float64 inputs are judged by longdouble. Siblings differ from the inputs in the last digits, those
-    that are options too: a score that is mostly bias or slope would be rounded alike in all of them.
+    Float64 inputs are judged by longdouble. Siblings differ from the inputs in the last digits,
+    options among them: a score that is mostly bias or slope would be rounded alike in all.
     """
     acc = _accumulation_dtype(q.dtype)
     exact = dict(compute_dtype=np.longdouble if acc == np.float64 else np.float64)
