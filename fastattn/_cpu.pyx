@@ -84,6 +84,7 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         const void *lse
         const void *shift
         const void *gain
+        int32_t rough
         void *p
         void *ds
         void *ds_keys
@@ -134,6 +135,7 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
     int fa_isa_count
     const char *fa_isa_missing(const char *)
     const char *fa_isa_slow(const char *)
+    void fa_fetch_to_write(const char *, ptrdiff_t)
     void fa_publish(int64_t *, int64_t)
     void fa_wait_above(const int64_t *, int64_t)
     int64_t fa_next(int64_t *)

@@ -1,5 +1,8 @@
 # The backward: P and dS of a tile again from lse, five products; dbias in a pass of its own.
 
+cdef enum:
+    STORE_AHEAD = 8  # rows of a result
+
 # A block of rows of one head, ready for its tiles: lanes and rows of q and dout, lse, D - dlse.
 cdef void load_backward_block(const Job *job, Workspace *ws, int64_t b, int64_t head, int64_t i0) noexcept nogil:
     cdef const fa_kernels *kr = job.kernels
@@ -98,6 +101,7 @@ cdef int backward_panel(const Job *job, Workspace *ws, int p, char *k_base, char
     x.lse = reals(job, ws.lse, p * job.panel)
     x.shift = reals(job, ws.shift, p * job.panel)
     x.gain = ws.gain if job.softcap != 0 else NULL
+    x.rough = not job.adjusted
     x.ld = lanes // kr.pair
     x.p = units(job, ws.p, (low[0] - k0) * x.ld + p * job.panel // kr.pair)
     x.ds = units(job, ws.ds, (low[0] - k0) * x.ld + p * job.panel // kr.pair)
@@ -116,15 +120,21 @@ cdef int backward_panel(const Job *job, Workspace *ws, int p, char *k_base, char
             state = PARTIAL
     return FULL if state == FULL and low[0] == k0 and high[0] == k1 else PARTIAL
 
-# Panel p sees keys [low, high) of the tile: what the products of the tile can leave out.
-cdef void set_extents(const Job *job, Workspace *ws, int p, int low, int high) noexcept nogil:
-    cdef int pair = job.kernels.pair, r0 = p * job.panel, r1 = min(ws.rows, r0 + job.panel), j, r
-    for j in range(low, high):
-        ws.key_start[j] = min(ws.key_start[j], r0 // pair)
-        ws.key_end[j] = ceil_div(r1, pair)
-    for r in range(r0, r1):
-        ws.row_start[r] = low // pair
-        ws.row_end[r] = ceil_div(high, pair)
+# What the products of a tile of whose keys [first, end) some row sees any can leave out.
+cdef void set_extents(const Job *job, Workspace *ws, int first, int end) noexcept nogil:
+    cdef int pair = job.kernels.pair, p, r0, r1, j, r
+    for j in range(end - first):
+        ws.key_start[j] = job.Br
+        ws.key_end[j] = 0
+    for p in range(ws.panels):
+        r0 = p * job.panel
+        r1 = min(ws.rows, r0 + job.panel)
+        for j in range(ws.panel_start[p] - first, ws.panel_end[p] - first):
+            ws.key_start[j] = min(ws.key_start[j], r0 // pair)
+            ws.key_end[j] = ceil_div(r1, pair)
+        for r in range(r0, r1):
+            ws.row_start[r] = max(0, ws.panel_start[p] - first) // pair
+            ws.row_end[r] = ceil_div(max(0, ws.panel_end[p] - first), pair)
 
 # Zeros for panel p in keys [j0, j1) of the tile.
 cdef void clear_keys(const Job *job, Workspace *ws, int p, ptrdiff_t lanes, int j0, int j1) noexcept nogil:
@@ -152,16 +162,15 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
     cdef char *k_base = at(job, &job.k, b, kv_head)
     cdef char *v_base = at(job, &job.v, b, kv_head)
     cdef const void *k_right
-    cdef fa_rows rows
+    cdef const void *q_right
+    cdef const void *do_right
     cdef fa_product x
     cdef fa_selection which
 
     load_backward_block(job, ws, b, head, i0)
     memset(ws.o, 0, <size_t> ws.rows * job.D_cols * kr.real_bytes)
-    rows = block_rows(job, ws, &job.q, 0, ws.rows, 0, job.D, False)
-    kr.pack_right(ws.q_right, job.D_cols, &rows)
-    rows = block_rows(job, ws, &job.dout, 0, ws.rows, 0, job.Dv, False)
-    kr.pack_right(ws.do_right, job.Dv_cols, &rows)
+    q_right = rows_as_right(job, ws, &job.q, job.D, job.D_cols, ws.q_right)
+    do_right = rows_as_right(job, ws, &job.dout, job.Dv, job.Dv_cols, ws.do_right)
 
     k0 = ws.first_key // job.Bc * job.Bc
     while k0 < ws.end_key:
@@ -170,13 +179,11 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
         first = k1
         end = k0
         ragged = False
-        for j in range(<int> (k1 - k0)):
-            ws.key_start[j] = job.Br
-            ws.key_end[j] = 0
         for p in range(ws.panels):
             state = backward_panel(job, ws, p, k_base, v_base, k0, k1, &low, &high)
             ragged |= state != FULL
-            set_extents(job, ws, p, <int> (low - k0), <int> (high - k0))
+            ws.panel_start[p] = <int> (low - k0)
+            ws.panel_end[p] = <int> (high - k0)
             if state != EMPTY:
                 first = min(first, low)
                 end = max(end, high)
@@ -198,20 +205,22 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
             x.rows = <int> (end - first)
             x.depth = ceil_div(ws.rows, kr.pair)
             x.cold = True
-            x.row_start = ws.key_start + (first - k0)
-            x.row_end = ws.key_end + (first - k0)
+            if ragged:
+                set_extents(job, ws, <int> (first - k0), <int> (end - k0))
+                x.row_start = ws.key_start
+                x.row_end = ws.key_end
             if job.dv.dtype != FA_NONE:
                 x.a = units(job, ws.p, (first - k0) * x.a_row)
                 x.c = reals(job, dv, first * job.Dv_cols)
-                x.b = ws.do_right
+                x.b = do_right
                 x.ldc = x.ldb = x.cols = job.Dv_cols
-                multiply(job, &x, &which, ragged and not rows_all_finite(job, ws, &rows_finite))
+                multiply(job, &x, &which, ragged and not rows_all_finite(job, ws, q_right, do_right, &rows_finite))
             if job.dk.dtype != FA_NONE:
                 x.a = units(job, ws.ds, (first - k0) * x.a_row)
                 x.c = reals(job, dk, first * job.D_cols)
-                x.b = ws.q_right
+                x.b = q_right
                 x.ldc = x.ldb = x.cols = job.D_cols
-                multiply(job, &x, &which, ragged and not rows_all_finite(job, ws, &rows_finite))
+                multiply(job, &x, &which, ragged and not rows_all_finite(job, ws, q_right, do_right, &rows_finite))
             x.cold = False
             if passed != NULL:
                 fa_publish(passed, k1)
@@ -228,11 +237,9 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
                 x.a_depth = lanes
                 x.rows = ws.rows
                 x.depth = ceil_div(end - first, kr.pair)
-                x.row_start = ws.row_start
-                x.row_end = ws.row_end
-                for r in range(ws.rows):
-                    ws.row_start[r] = max(0, ws.row_start[r] - <int> (first - k0) // kr.pair)
-                    ws.row_end[r] = max(0, ws.row_end[r] - <int> (first - k0) // kr.pair)
+                if ragged:
+                    x.row_start = ws.row_start
+                    x.row_end = ws.row_end
                 x.c = ws.o
                 x.b = units(job, k_right, (first - k0) // kr.pair * ldk_right)
                 x.ldb = ldk_right
@@ -249,16 +256,32 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
 
     for r in range(ws.rows):
         if job.dq.dtype != FA_NONE:
-            kr.store_row(at(job, &job.dq, b, head) + (i0 + r) * job.dq.row, job.dq.col, job.dq.dtype,
-                         reals(job, ws.o, <ptrdiff_t> r * job.D_cols), job.D, -job.scale if job.negate else job.scale)
+            store_result(job, &job.dq, at(job, &job.dq, b, head), i0 + r, job.D,
+                         reals(job, ws.o, <ptrdiff_t> r * job.D_cols), -job.scale if job.negate else job.scale)
         if job.dslope_rows != NULL:
             job.dslope_rows[(head * job.batch + b) * job.Lq + i0 + r] = -get(kr, ws.dslope, r)
 
-cdef inline bint rows_all_finite(const Job *job, Workspace *ws, int *known) noexcept nogil:
+# The block's rows of `a` as a product's right operand: where they lie, if they lie side by side.
+cdef const void *rows_as_right(const Job *job, Workspace *ws, const Array *a, int cols, int ld,
+                               void *dst) noexcept nogil:
+    cdef fa_rows rows
+    cdef int r
+    cdef bint in_place = (job.kernels.pair == 1 and lies_whole(job, a, cols) and cols == ld
+                          and a.row == cols * job.kernels.unit_bytes)
+    for r in range(ws.rows):
+        in_place &= ws.key_to[r] != 0
+    rows = block_rows(job, ws, a, 0, ws.rows, 0, cols, False)
+    if in_place:
+        return rows.row[0]
+    job.kernels.pack_right(dst, ld, &rows)
+    return dst
+
+cdef inline bint rows_all_finite(const Job *job, const Workspace *ws, const void *q_right,
+                                 const void *do_right, int *known) noexcept nogil:
     cdef int pairs = ceil_div(ws.rows, job.kernels.pair)
     if known[0] < 0:
-        known[0] = (job.kernels.right_finite(ws.q_right, job.D_cols, pairs, job.D_cols)
-                    and job.kernels.right_finite(ws.do_right, job.Dv_cols, pairs, job.Dv_cols))
+        known[0] = (job.kernels.right_finite(q_right, job.D_cols, pairs, job.D_cols)
+                    and job.kernels.right_finite(do_right, job.Dv_cols, pairs, job.Dv_cols))
     return known[0]
 
 cdef inline void multiply(const Job *job, const fa_product *x, const fa_selection *which, bint select) noexcept nogil:
@@ -266,6 +289,12 @@ cdef inline void multiply(const Job *job, const fa_product *x, const fa_selectio
         job.kernels.accumulate_selected(x, which)
     else:
         job.kernels.accumulate(x)
+
+cdef inline void store_result(const Job *job, const Array *a, char *base, int64_t row, int cols,
+                              const void *src, double factor) noexcept nogil:
+    if a.col <= job.kernels.real_bytes:
+        fa_fetch_to_write(base + (row + STORE_AHEAD) * a.row, cols * a.col)
+    job.kernels.store_row(base + row * a.row, a.col, a.dtype, src, cols, factor)
 
 # dk, dv of one kv head, from their sums in reals.
 cdef void store_dkv(const Job *job, int64_t batch_head, const void *dk, const void *dv, int64_t j0,
@@ -276,11 +305,11 @@ cdef void store_dkv(const Job *job, int64_t batch_head, const void *dk, const vo
         return
     for j in range(j0, j1):
         if job.dk.dtype != FA_NONE:
-            kr.store_row(at(job, &job.dk, b, kv_head) + j * job.dk.row, job.dk.col, job.dk.dtype,
-                         reals(job, dk, j * job.D_cols), job.D, -job.scale if job.negate else job.scale)
+            store_result(job, &job.dk, at(job, &job.dk, b, kv_head), j, job.D,
+                         reals(job, dk, j * job.D_cols), -job.scale if job.negate else job.scale)
         if job.dv.dtype != FA_NONE:
-            kr.store_row(at(job, &job.dv, b, kv_head) + j * job.dv.row, job.dv.col, job.dv.dtype,
-                         reals(job, dv, j * job.Dv_cols), job.Dv, 1)
+            store_result(job, &job.dv, at(job, &job.dv, b, kv_head), j, job.Dv,
+                         reals(job, dv, j * job.Dv_cols), 1)
 
 
 cdef struct Shared:            # heads that all threads work on together

@@ -81,6 +81,8 @@ cdef struct Workspace:
     void *lse
     void *shift
     void *dslope
+    int32_t *panel_start       # the keys of the tile that a panel may see
+    int32_t *panel_end
     int32_t *key_start         # the rows of the block, in units, that may see a key of the tile
     int32_t *key_end
     int32_t *row_start         # the keys of the tile, in units, that a row may see
@@ -171,6 +173,8 @@ cdef size_t lay_out(const Job *job, Workspace *ws, char *base) noexcept nogil:
         ws.lse = carve(base, &used, rows * real)
         ws.shift = carve(base, &used, rows * real)
         ws.dslope = carve(base, &used, rows * real)
+        ws.panel_start = <int32_t *> carve(base, &used, panels * sizeof(int32_t))
+        ws.panel_end = <int32_t *> carve(base, &used, panels * sizeof(int32_t))
         ws.key_start = <int32_t *> carve(base, &used, Bc * sizeof(int32_t))
         ws.key_end = <int32_t *> carve(base, &used, Bc * sizeof(int32_t))
         ws.row_start = <int32_t *> carve(base, &used, rows * sizeof(int32_t))

@@ -101,6 +101,8 @@ typedef struct {
     double scale, drop_scale; // p = exp(scale s - lse); z = drop_scale where kept
     const void *lse, *shift;  // lanes; shift = D - dlse, so t = p (z dp - shift)
     const void *gain;         // ds = t gain, or NULL
+    int32_t rough;            // p and ds, rounded to units, are all that is asked for; backward_plain
+                              // takes it so
     void *p, *ds;             // [key][ld units], pairs along the queries
     void *ds_keys;            // [key / pair][ld * pair units], pairs along the keys (pair 2 only)
     ptrdiff_t ld;
@@ -185,6 +187,11 @@ extern const int fa_isa_count;
 const char *fa_isa_missing(const char *name);
 // Why it is not to be chosen by itself though it can run here; "" if it may.
 const char *fa_isa_slow(const char *name);
+
+// The n bytes at p are about to be written: a store that misses the cache holds up those behind it.
+static inline void fa_fetch_to_write(const char *p, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += 64) __builtin_prefetch(p + i, 1);
+}
 
 // One thread tells the others how far it is, and they wait for it.
 static inline void fa_publish(int64_t *progress, int64_t value) {

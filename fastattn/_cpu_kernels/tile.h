@@ -241,21 +241,30 @@ static void store_row(char *dst, ptrdiff_t stride, int dtype, const void *src_, 
     for (; i < n; i++) store_one(dst + i * stride, dtype, src[i] * factor + 0);
 }
 
+// n <= DOT_STEP elements of a row as whole vectors of reals: where they lie, or in `copy`.
+#define DOT_STEP 64
+INLINE const real *row_vectors(real *copy, const char *src, ptrdiff_t stride, int n, int dtype) {
+    if (n % V_LANES == 0 && stride == sizeof(real) && dtype == (sizeof(real) == 8 ? FA_F64 : FA_F32))
+        return (const real *)src;
+    load_row(copy, src, stride, n, dtype);
+    for (int i = n; i % V_LANES; i++) copy[i] = 0;
+    return copy;
+}
 static double dot(const char *a, ptrdiff_t a_stride, int a_dtype, const char *b, ptrdiff_t b_stride,
                   int b_dtype, int n) {
-    enum { STEP = 64 };
-    real x[STEP] __attribute__((aligned(V_BYTES))), y[STEP] __attribute__((aligned(V_BYTES)));
+    real a_copy[DOT_STEP], b_copy[DOT_STEP];
     vr sum = {};
-    for (int i = 0; i < n; i += STEP) {
-        int m = n - i < STEP ? n - i : STEP;
-        load_row(x, a + i * a_stride, a_stride, m, a_dtype);
-        load_row(y, b + i * b_stride, b_stride, m, b_dtype);
-        for (int k = m; k % V_LANES; k++) x[k] = y[k] = 0;
-        for (int k = 0; k < m; k += V_LANES) sum = v_fma(v_load(x + k), v_load(y + k), sum);
+    for (int i = 0; i < n; i += DOT_STEP) {
+        int m = n - i < DOT_STEP ? n - i : DOT_STEP;
+        const real *x = row_vectors(a_copy, a + i * a_stride, a_stride, m, a_dtype);
+        const real *y = row_vectors(b_copy, b + i * b_stride, b_stride, m, b_dtype);
+        for (int k = 0; k < m; k += V_LANES) sum = v_fma(v_loadu(x + k), v_loadu(y + k), sum);
     }
-    double total = 0;
-    for (int k = 0; k < V_LANES; k++) total += (double)sum[k];
-    return total;
+    double total[V_LANES];
+    UNROLL for (int k = 0; k < V_LANES; k++) total[k] = (double)sum[k];
+    UNROLL for (int half = V_LANES / 2; half > 0; half /= 2)
+        UNROLL for (int k = 0; k < half; k++) total[k] += total[k + half];
+    return total[0];
 }
 
 // ---- products --------------------------------------------------------------------------------
@@ -676,11 +685,25 @@ static void merge(const fa_partial *x, const fa_partial *y, int rows, int cols, 
     }
 }
 
-// p = exp(scale s - lse).
+// p = exp(scale s - lse). lse may be rounded so coarsely that s exceeds it; p is a probability still.
 INLINE vr probability(vr score, vr scale, vr lse) {
-    // lse may be rounded so coarsely that s exceeds it; p is a probability still.
     return v_exp2(v_min((vr){}, v_fma(score, scale, -lse)), v_set1((real)LOG2E));
 }
+#ifdef FA_BF16_PAIRS
+// The same to within 1.02e-4 of p, a 19th of what rounding to bfloat16 may change it by.
+// 2^f = 1 + f q(f) with the quadratic q that minimises the largest relative error.
+INLINE vr rough_probability(vr score, vr scale, vr lse) {
+    vr x = v_fma(score, scale * v_set1((real)LOG2E), lse * v_set1((real)-LOG2E));
+    x = v_max(v_set1(-2 * V_BIAS), v_min((vr){}, x));
+    vr n = (vr)V_X86(roundscale)((v_x86)x, 0x08), f = x - n;
+    HORNER_BEGIN(0x1.c2a218p-5);
+    HORNER(0x1.f00c52p-3);
+    HORNER(0x1.62f5fap-1);
+    return (vr)V_X86(scalef)((v_x86)v_fma(f, q, v_set1(1)), (v_x86)n);
+}
+#else
+#define rough_probability probability
+#endif
 
 // One vector of queries and PAIR keys of P and dS; with `rows` 1 the second key's row does not exist,
 // its values are zeros.
@@ -729,7 +752,8 @@ static int backward_tile(const fa_backward_tile *x, int panel, int keys) {
                 vi lost = score == v_set1(-INFINITY);
                 any_lost = (vr)((vi)any_lost | lost);
                 if (keep) lost |= ~v_mask(keep[j] >> lane);
-                vr prob = v_select(lost, (vr){}, probability(score, scale, lse));
+                vr prob = x->rough ? rough_probability(score, scale, lse) : probability(score, scale, lse);
+                prob = v_select(lost, (vr){}, prob);
                 vr z_dp = dropped(v_load(dp + at), drop, j, lane, drop_scale);
                 vr t = v_select(lost, (vr){}, prob * (z_dp - shift));
                 v_store(dp + at, t);
@@ -761,7 +785,6 @@ INLINE vr plain_tile(const int MR, const int NR, const fa_backward_tile *x, int 
                      vr lowest) {
     vr c[MR * NR], scale = v_set1((real)x->scale);
     const int panel = NR * V_LANES, first = x->D - depth;
-    const real *lse = x->lse, *shift = x->shift;
     const real *s = (const real *)x->s + (ptrdiff_t)row * panel;
     const real *dp = (const real *)x->dp + (ptrdiff_t)row * panel;
     gradient_rows to = gradients_at(x, row);
@@ -772,6 +795,11 @@ INLINE vr plain_tile(const int MR, const int NR, const fa_backward_tile *x, int 
     product(MR, NR, 0, c, (const unit *)x->k + row * x->ldk + first, x->ldk, 1,
             (const unit *)x->q + (ptrdiff_t)first * panel, panel, depth);
     if (first > 0) EACH c[i * NR + j] += v_load(s + i * panel + j * V_LANES);
+    vr lse[NR], shift[NR];  // not at each use: the stores might have changed them
+    UNROLL for (int j = 0; j < NR; j++) {
+        lse[j] = v_load((const real *)x->lse + j * V_LANES);
+        shift[j] = v_load((const real *)x->shift + j * V_LANES);
+    }
     UNROLL for (int i = 0; i < MR; i += PAIR) {
         UNROLL for (int j = 0; j < NR; j++) {
             vr p[PAIR] = {}, ds[PAIR] = {};
@@ -780,8 +808,8 @@ INLINE vr plain_tile(const int MR, const int NR, const fa_backward_tile *x, int 
                 vr score = c[(i + half) * NR + j];
                 vr z_dp = v_load(dp + (i + half) * panel + j * V_LANES);
                 lowest = v_min(score, lowest);
-                p[half] = probability(score, scale, v_load(lse + j * V_LANES));
-                ds[half] = p[half] * (z_dp - v_load(shift + j * V_LANES));
+                p[half] = rough_probability(score, scale, lse[j]);
+                ds[half] = p[half] * (z_dp - shift[j]);
             }
             store_gradients(to, j * V_LANES, MR - i < PAIR ? MR - i : PAIR, p, ds);
         }
