@@ -306,8 +306,9 @@ INLINE void fetch_rows(const void *a, int row, const int rows, ptrdiff_t a_row, 
 #ifdef FA_AMX
 #include "amx.h"
 #else
-INLINE void scores_tile(const int MR, const int NR, real *s, int panel, const unit *k,
-                        ptrdiff_t ldk, const unit *q, int depth, int add, vr *top) {
+INLINE void scores_tile(const int MR, const int NR, real *s, const unit *k, ptrdiff_t ldk,
+                        const unit *q, int depth, int add, vr *top) {
+    const int panel = NR * V_LANES;
     vr c[MR * NR];
     product(MR, NR, 0, c, k, ldk, 1, q, panel, depth);
     if (add) EACH c[i * NR + j] += v_load(s + i * panel + j * V_LANES);
@@ -318,12 +319,12 @@ INLINE void scores_tile(const int MR, const int NR, real *s, int panel, const un
         top[j] = v_max(top[j], most);
     }
 }
-typedef void scores_fn(real *s, int panel, const unit *k, ptrdiff_t ldk, const unit *q, int depth,
-                       int add, vr *top);
+typedef void scores_fn(real *s, const unit *k, ptrdiff_t ldk, const unit *q, int depth, int add,
+                       vr *top);
 #define DEFINE_SCORES(MR, NR)                                                                    \
-    NOINLINE void scores_##MR##x##NR(real *s, int panel, const unit *k, ptrdiff_t ldk,           \
-                                     const unit *q, int depth, int add, vr *top) {               \
-        scores_tile(MR, NR, s, panel, k, ldk, q, depth, add, top);                               \
+    NOINLINE void scores_##MR##x##NR(real *s, const unit *k, ptrdiff_t ldk, const unit *q,       \
+                                     int depth, int add, vr *top) {                              \
+        scores_tile(MR, NR, s, k, ldk, q, depth, add, top);                                      \
     }
 #if FA_SCORES_MR == 8
 DEFINE_SCORES(8, 1)
@@ -365,7 +366,7 @@ static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const voi
         int row = 0;
         for (int t = 0; row < keys; t++)
             for (; row + table[t].rows <= keys; row += table[t].rows)
-                table[t].run[wide](s + (ptrdiff_t)row * panel, panel, k + row * ldk + d, ldk,
+                table[t].run[wide](s + (ptrdiff_t)row * panel, k + row * ldk + d, ldk,
                                    q + (ptrdiff_t)d * panel, n, d > 0, top);
         d += n;
     } while (d < depth);
