@@ -25,7 +25,7 @@ cimport openmp
 cimport numpy as cnp
 from cython.parallel cimport prange
 from libc.math cimport ceil, exp, ldexp, log, INFINITY, NAN
-from libc.stdint cimport SIZE_MAX, int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, SIZE_MAX, int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
@@ -75,6 +75,10 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         ptrdiff_t ld
         int32_t keys, panel, rows_are_keys
         void *scratch
+    ctypedef struct fa_fetch:
+        const char *row
+        ptrdiff_t step
+        int32_t rows, bytes
     ctypedef struct fa_backward_tile:
         void *s
         void *dp
@@ -91,10 +95,10 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         ptrdiff_t ld
         const void *k
         const void *q
-        const void *next_k
-        const void *next_v
-        ptrdiff_t ldk, ldv
-        int32_t D, Dv
+        ptrdiff_t ldk
+        int32_t D
+        fa_fetch *fetch
+        int32_t fetches, fetch_rows
     ctypedef struct fa_kernels:
         const char *type
         int32_t real_bytes, unit_bytes, pair, lanes, Br, Bc, Br_backward, Bc_backward, MR, NR

@@ -85,12 +85,9 @@ cdef int backward_panel(const Job *job, Workspace *ws, int p, char *k_base, char
     x.ldk = ws.ldk
     x.q = units(job, ws.q_lanes, <ptrdiff_t> p * job.panel * job.D_units)
     x.D = job.D_units
-    x.ldv = ws.ldv
-    x.Dv = job.Dv_units
-    x.next_k = x.next_v = NULL
-    if p == ws.panels - 1 and job.k_in_place and job.v_in_place and k1 < ws.end_key:
-        x.next_k = k_base + k1 * job.k.row
-        x.next_v = v_base + k1 * job.v.row
+    x.fetch = ws.fetch
+    x.fetches = ws.fetches
+    x.fetch_rows = ws.fetch_rows
     x.s = ws.s
     x.dp = ws.dp
     # A lane past the last row counts only if it shares a unit with that row.
@@ -148,10 +145,49 @@ cdef void clear_keys(const Job *job, Workspace *ws, int p, ptrdiff_t lanes, int 
         for j in range(ceil_div(j0, 2), ceil_div(j1, 2)):
             memset(units(job, ws.ds_keys, j * lanes + p * job.panel), 0, job.panel * kr.unit_bytes)
 
+# Rows [i, i + n) of a, if they lie in one piece each, are to be fetched.
+cdef inline void want(Workspace *ws, const Array *a, const char *base, int64_t i, int64_t n, int cols) noexcept nogil:
+    cdef fa_fetch *fetch = ws.fetch + ws.fetches
+    if 0 < a.col <= 8 and n > 0:
+        fetch.row = base + i * a.row
+        fetch.step = a.row
+        fetch.rows = <int> n
+        fetch.bytes = <int> (cols * a.col)
+        ws.fetches += 1
+
+# What is wanted after the tile that ends before key k1: the next tile's keys or the next block's rows.
+cdef void want_next(const Job *job, Workspace *ws, int64_t batch_head, int64_t block, int64_t k1,
+                    int64_t next_head) noexcept nogil:
+    cdef int64_t per_head = job.blocks // job.group, b, kv_head, head, i0, most = 0
+    cdef int n
+    ws.fetches = 0
+    if k1 >= ws.end_key:
+        block += 1
+        k1 = job.Lk
+        if block == job.blocks:
+            batch_head = next_head
+            block = k1 = 0
+        if batch_head >= job.batch * job.Hkv:
+            return
+    b = batch_head // job.Hkv
+    kv_head = batch_head % job.Hkv
+    want(ws, &job.k, at(job, &job.k, b, kv_head), k1, min(job.Bc, job.Lk - k1), job.D)
+    want(ws, &job.v, at(job, &job.v, b, kv_head), k1, min(job.Bc, job.Lk - k1), job.Dv)
+    if k1 == 0 or k1 == job.Lk:
+        head = kv_head * job.group + block // per_head
+        i0 = block % per_head * job.Br
+        want(ws, &job.q, at(job, &job.q, b, head), i0, min(job.Br, job.Lq - i0), job.D)
+        want(ws, &job.dout, at(job, &job.dout, b, head), i0, min(job.Br, job.Lq - i0), job.Dv)
+        want(ws, &job.out, at(job, &job.out, b, head), i0, min(job.Br, job.Lq - i0), job.Dv)
+    for n in range(ws.fetches):
+        most = max(most, ws.fetch[n].rows)
+    ws.fetch_rows = <int> ceil_div(8 * most, ws.panels * job.Bc)
+
 # One block of rows: its dq, its rows of dsinks and dalibi_slopes, and its share of dk and dv, which
-# is added to a tile once the block before has passed it (before NULL: nobody shares them).
-cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int64_t block, void *dk,
-                         void *dv, const int64_t *before, int64_t *passed) noexcept nogil:
+# is added to a tile once the block before has passed it (before NULL: nobody shares them). The
+# thread is likely to go on with next_head.
+cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int64_t block, int64_t next_head,
+                         void *dk, void *dv, const int64_t *before, int64_t *passed) noexcept nogil:
     cdef const fa_kernels *kr = job.kernels
     cdef int64_t b = batch_head // job.Hkv, kv_head = batch_head % job.Hkv
     cdef int64_t per_head = job.blocks // job.group, head = kv_head * job.group + block // per_head
@@ -179,6 +215,7 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
         first = k1
         end = k0
         ragged = False
+        want_next(job, ws, batch_head, block, k1, next_head)
         for p in range(ws.panels):
             state = backward_panel(job, ws, p, k_base, v_base, k0, k1, &low, &high)
             ragged |= state != FULL
@@ -335,7 +372,7 @@ cdef void backward_heads(const Job *job, num_threads) except *:
         raise MemoryError(f"no memory for the progress of {shared.count * job.blocks} blocks")
     shared.passed = <int64_t *> passed
     with nogil:
-        run(job, shared.spaces, team, shared.first, backward_head, NULL)
+        run(job, shared.spaces, team, shared.first, backward_head, &team)
         if shared.count > 0:
             memset(passed, 0xff, shared.count * (job.blocks + 1) * sizeof(int64_t))  # -1: at no key yet
             for n in range(shared.count):
@@ -356,11 +393,11 @@ cdef double sums_bytes(const Job *job) noexcept nogil:
 cdef inline char *dv_sums(const Job *job, const Workspace *ws) noexcept nogil:
     return <char *> reals(job, ws.own, job.Lk * job.D_cols) if job.dk.dtype != FA_NONE else ws.own
 
-cdef void backward_head(const Job *job, Workspace *ws, int64_t head, const void *more) noexcept nogil:
-    cdef int64_t block
+cdef void backward_head(const Job *job, Workspace *ws, int64_t head, const void *team) noexcept nogil:
+    cdef int64_t block, next_head = head + (<const int *> team)[0]
     memset(ws.own, 0, <size_t> sums_bytes(job))
     for block in range(job.blocks):
-        backward_block(job, ws, head, block, ws.own, dv_sums(job, ws), NULL, NULL)
+        backward_block(job, ws, head, block, next_head, ws.own, dv_sums(job, ws), NULL, NULL)
     store_dkv(job, head, ws.own, dv_sums(job, ws), 0, job.Lk)
 
 cdef void backward_shared_block(const Job *job, Workspace *ws, int64_t item, const void *shared_) noexcept nogil:
@@ -368,7 +405,7 @@ cdef void backward_shared_block(const Job *job, Workspace *ws, int64_t item, con
     cdef int64_t n = item % shared.count, block = item // shared.count
     cdef const Workspace *sums = shared.spaces + n
     cdef int64_t *passed = shared.passed + n * (job.blocks + 1) + block
-    backward_block(job, ws, shared.first + n, block, sums.own, dv_sums(job, sums), passed, passed + 1)
+    backward_block(job, ws, shared.first + n, block, INT64_MAX, sums.own, dv_sums(job, sums), passed, passed + 1)
 
 cdef void store_shared_keys(const Job *job, Workspace *ws, int64_t item, const void *shared_) noexcept nogil:
     cdef const Shared *shared = <const Shared *> shared_
@@ -417,6 +454,7 @@ cdef void bias_task(const Job *job, Workspace *ws, int64_t task, const void *tas
                     k1 = min(k0 + job.Bc, job.Lk)
                     keys = max(keys, <int> (k1 - k0))
                     ws.k_left = ws.v_left = NULL
+                    ws.fetches = 0
                     for p in range(ws.panels):
                         state = backward_panel(job, ws, p, k_base, v_base, k0, k1, &low, &high)
                         if state != EMPTY:

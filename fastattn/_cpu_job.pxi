@@ -88,6 +88,8 @@ cdef struct Workspace:
     int32_t *row_start         # the keys of the tile, in units, that a row may see
     int32_t *row_end
     double *dbias
+    fa_fetch fetch[5]          # what is wanted next
+    int fetches, fetch_rows
     # rows of the block at hand
     int64_t b
     int rows, panels

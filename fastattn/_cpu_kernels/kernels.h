@@ -93,6 +93,13 @@ typedef struct {
     void *scratch;          // depth x cols units
 } fa_selection;
 
+// Rows that are wanted soon.
+typedef struct {
+    const char *row;
+    ptrdiff_t step;
+    int32_t rows, bytes;  // rows left; bytes of each
+} fa_fetch;
+
 // From a tile of scores and of dP = V dO^T to P and dS.
 typedef struct {
     void *s, *dp;             // [key][panel] reals; dp becomes t, see below
@@ -106,10 +113,13 @@ typedef struct {
     void *p, *ds;             // [key][ld units], pairs along the queries
     void *ds_keys;            // [key / pair][ld * pair units], pairs along the keys (pair 2 only)
     ptrdiff_t ld;
-    // For backward_plain: the operands of s, D in units; k, v and Dv of the next tile or NULL.
-    const void *k, *q, *next_k, *next_v;
-    ptrdiff_t ldk, ldv;
-    int32_t D, Dv;
+    // For backward_plain: the operands of s, D in units.
+    const void *k, *q;
+    ptrdiff_t ldk;
+    int32_t D;
+    // backward_plain fetches so many rows of each of these for every few keys.
+    fa_fetch *fetch;
+    int32_t fetches, fetch_rows;
 } fa_backward_tile;
 
 typedef struct {
@@ -154,8 +164,7 @@ typedef struct {
     int (*row_finite)(const void *x, int n);
     // Returns whether a score was -inf: such a pair is excluded too, though keep does not say so.
     int (*backward_tile)(const fa_backward_tile *x, int panel, int keys);
-    // scores(s) and backward_tile in one, without keep, drop and gain; t is not left in dp. Fetches
-    // next_k and next_v.
+    // scores(s) and backward_tile in one, without keep, drop and gain; t is not left in dp.
     int (*backward_plain)(const fa_backward_tile *x, int panel, int keys);
     // sum[i] += x[i], in float64: a bias of few elements is the sum of very many
     void (*add_tile)(double *sum, const void *x, int64_t n);

@@ -292,11 +292,11 @@ INLINE void product(const int MR, const int NR, const int ahead, vr *c, const un
     }
 }
 
-// Rows for later, into the second level of the cache.
-INLINE void fetch_rows(const void *a, int row, const int rows, ptrdiff_t a_row, int n) {
-    for (int k = 0; k < n; k += 64 / (int)sizeof(unit))
-        UNROLL for (int i = 0; i < rows; i++)
-            __builtin_prefetch((const unit *)a + (row + i) * a_row + k, 0, 2);
+// The next rows of each of several arrays, into the second level of the cache.
+INLINE void fetch_some(fa_fetch *of, int count, int rows) {
+    for (int i = 0; i < count; i++)
+        for (int r = 0; r < rows && of[i].rows > 0; r++, of[i].rows--, of[i].row += of[i].step)
+            for (int n = 0; n < of[i].bytes; n += 64) __builtin_prefetch(of[i].row + n, 0, 2);
 }
 
 // A chain of more than this many multiply-adds is cut, and its parts added: rounding errors
@@ -772,10 +772,7 @@ static int backward_tile(const fa_backward_tile *x, int panel, int keys) {
 static int backward_plain(const fa_backward_tile *x, int panel, int keys) {
     real top[FA_MAX_PANEL] __attribute__((aligned(V_BYTES)));
     scores(x->s, panel, x->k, x->ldk, x->q, keys, x->D, top);
-    if (x->next_k) {
-        fetch_rows(x->next_k, 0, keys, x->ldk, x->D);
-        fetch_rows(x->next_v, 0, keys, x->ldv, x->Dv);
-    }
+    fetch_some(x->fetch, x->fetches, keys * x->fetch_rows);
     return backward_tile(x, panel, keys);
 }
 #else
@@ -789,10 +786,7 @@ INLINE vr plain_tile(const int MR, const int NR, const fa_backward_tile *x, int 
     const real *s = (const real *)x->s + (ptrdiff_t)row * panel;
     const real *dp = (const real *)x->dp + (ptrdiff_t)row * panel;
     gradient_rows to = gradients_at(x, row);
-    if (x->next_k) {
-        fetch_rows(x->next_k, row, MR, x->ldk, x->D);
-        fetch_rows(x->next_v, row, MR, x->ldv, x->Dv);
-    }
+    fetch_some(x->fetch, x->fetches, x->fetch_rows);
     product(MR, NR, 0, c, (const unit *)x->k + row * x->ldk + first, x->ldk, 1,
             (const unit *)x->q + (ptrdiff_t)first * panel, panel, depth);
     if (first > 0) EACH c[i * NR + j] += v_load(s + i * panel + j * V_LANES);
