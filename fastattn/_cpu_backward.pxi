@@ -9,9 +9,10 @@ cdef void load_backward_block(const Job *job, Workspace *ws, int64_t b, int64_t 
     cdef int n = <int> min(job.Br, job.Lq - i0), r
     cdef int64_t i, row
     cdef double lse, delta, dlse
-    cdef char *dout
-    cdef char *out
-    cdef fa_rows rows
+    cdef char *lse_rows = at(job, &job.lse, b, head)
+    cdef char *dlse_rows = at(job, &job.dlse, b, head) if job.dlse.dtype != FA_NONE else NULL
+    cdef char *dout_rows = at(job, &job.dout, b, head)
+    cdef char *out_rows = at(job, &job.out, b, head)
     set_rows(job, ws, b, head, 1, i0, n)
     ws.first_key = job.Lk
     ws.end_key = 0
@@ -20,16 +21,15 @@ cdef void load_backward_block(const Job *job, Workspace *ws, int64_t b, int64_t 
         delta = dlse = 0
         i = i0 + r
         if r < n and (job.q_lens == NULL or i < job.q_lens[b]):
-            lse = real_at(job, at(job, &job.lse, b, head) + i * job.lse.row)
+            lse = real_at(job, lse_rows + i * job.lse.row)
         if lse == -INFINITY:
             lse = INFINITY
             ws.key_from[r] = ws.key_to[r] = 0
         elif r < n and (job.q_lens == NULL or i < job.q_lens[b]):
-            dout = at(job, &job.dout, b, head) + i * job.dout.row
-            out = at(job, &job.out, b, head) + i * job.out.row
-            delta = kr.dot(dout, job.dout.col, job.dout.dtype, out, job.out.col, job.out.dtype, job.Dv)
-            if job.dlse.dtype != FA_NONE:
-                dlse = real_at(job, at(job, &job.dlse, b, head) + i * job.dlse.row)
+            delta = kr.dot(dout_rows + i * job.dout.row, job.dout.col, job.dout.dtype,
+                           out_rows + i * job.out.row, job.out.col, job.out.dtype, job.Dv)
+            if dlse_rows != NULL:
+                dlse = real_at(job, dlse_rows + i * job.dlse.row)
             if job.dsink_rows != NULL:
                 row = (head * job.batch + b) * job.Lq + i
                 job.dsink_rows[row] = exp(get(kr, job.sinks, head) - lse) * (dlse - delta)
@@ -146,7 +146,8 @@ cdef void clear_keys(const Job *job, Workspace *ws, int p, ptrdiff_t lanes, int 
             memset(units(job, ws.ds_keys, j * lanes + p * job.panel), 0, job.panel * kr.unit_bytes)
 
 # Rows [i, i + n) of a, if they lie in one piece each, are to be fetched.
-cdef inline void want(Workspace *ws, const Array *a, const char *base, int64_t i, int64_t n, int cols) noexcept nogil:
+cdef inline void want(Workspace *ws, const Array *a, const char *base, int64_t i, int64_t n,
+                      int cols) noexcept nogil:
     cdef fa_fetch *fetch = ws.fetch + ws.fetches
     if 0 < a.col <= 8 and n > 0:
         fetch.row = base + i * a.row
@@ -251,13 +252,15 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
                 x.c = reals(job, dv, first * job.Dv_cols)
                 x.b = do_right
                 x.ldc = x.ldb = x.cols = job.Dv_cols
-                multiply(job, &x, &which, ragged and not rows_all_finite(job, ws, q_right, do_right, &rows_finite))
+                multiply(job, &x, &which, ragged and not rows_all_finite(
+                    job, ws, q_right, do_right, &rows_finite))
             if job.dk.dtype != FA_NONE:
                 x.a = units(job, ws.ds, (first - k0) * x.a_row)
                 x.c = reals(job, dk, first * job.D_cols)
                 x.b = q_right
                 x.ldc = x.ldb = x.cols = job.D_cols
-                multiply(job, &x, &which, ragged and not rows_all_finite(job, ws, q_right, do_right, &rows_finite))
+                multiply(job, &x, &which, ragged and not rows_all_finite(
+                    job, ws, q_right, do_right, &rows_finite))
             x.cold = False
             if passed != NULL:
                 fa_publish(passed, k1)
@@ -291,10 +294,9 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
     if passed != NULL:
         fa_publish(passed, job.Lk + 1)
 
+    if job.dq.dtype != FA_NONE:
+        store_rows(job, &job.dq, b, head, i0, ws.rows, ws.o, job.D, job.D_cols, signed_scale(job))
     for r in range(ws.rows):
-        if job.dq.dtype != FA_NONE:
-            store_result(job, &job.dq, at(job, &job.dq, b, head), i0 + r, job.D,
-                         reals(job, ws.o, <ptrdiff_t> r * job.D_cols), -job.scale if job.negate else job.scale)
         if job.dslope_rows != NULL:
             job.dslope_rows[(head * job.batch + b) * job.Lq + i0 + r] = -get(kr, ws.dslope, r)
 
@@ -327,26 +329,29 @@ cdef inline void multiply(const Job *job, const fa_product *x, const fa_selectio
     else:
         job.kernels.accumulate(x)
 
-cdef inline void store_result(const Job *job, const Array *a, char *base, int64_t row, int cols,
-                              const void *src, double factor) noexcept nogil:
-    if a.col <= job.kernels.real_bytes:
-        fa_fetch_to_write(base + (row + STORE_AHEAD) * a.row, cols * a.col)
-    job.kernels.store_row(base + row * a.row, a.col, a.dtype, src, cols, factor)
+# Rows [i0, i0 + n) of a result, from reals.
+cdef void store_rows(const Job *job, const Array *a, int64_t b, int64_t head, int64_t i0, int64_t n,
+                     const void *src, int cols, int ld, double factor) noexcept nogil:
+    cdef char *base = at(job, a, b, head)
+    cdef int64_t i
+    for i in range(i0, i0 + n):
+        if a.col <= job.kernels.real_bytes:
+            fa_fetch_to_write(base + (i + STORE_AHEAD) * a.row, cols * a.col)
+        job.kernels.store_row(base + i * a.row, a.col, a.dtype, reals(job, src, (i - i0) * ld), cols, factor)
 
-# dk, dv of one kv head, from their sums in reals.
+cdef inline double signed_scale(const Job *job) noexcept nogil:
+    return -job.scale if job.negate else job.scale
+
+# dk, dv of keys [j0, j1) of one kv head, from their sums.
 cdef void store_dkv(const Job *job, int64_t batch_head, const void *dk, const void *dv, int64_t j0,
                     int64_t j1) noexcept nogil:
-    cdef const fa_kernels *kr = job.kernels
-    cdef int64_t b = batch_head // job.Hkv, kv_head = batch_head % job.Hkv, j
-    if job.dk.dtype == FA_NONE and job.dv.dtype == FA_NONE:
-        return
-    for j in range(j0, j1):
-        if job.dk.dtype != FA_NONE:
-            store_result(job, &job.dk, at(job, &job.dk, b, kv_head), j, job.D,
-                         reals(job, dk, j * job.D_cols), -job.scale if job.negate else job.scale)
-        if job.dv.dtype != FA_NONE:
-            store_result(job, &job.dv, at(job, &job.dv, b, kv_head), j, job.Dv,
-                         reals(job, dv, j * job.Dv_cols), 1)
+    cdef int64_t b = batch_head // job.Hkv, head = batch_head % job.Hkv
+    if job.dk.dtype != FA_NONE:
+        store_rows(job, &job.dk, b, head, j0, j1 - j0, reals(job, dk, j0 * job.D_cols), job.D, job.D_cols,
+                   signed_scale(job))
+    if job.dv.dtype != FA_NONE:
+        store_rows(job, &job.dv, b, head, j0, j1 - j0, reals(job, dv, j0 * job.Dv_cols), job.Dv,
+                   job.Dv_cols, 1)
 
 
 cdef struct Shared:            # heads that all threads work on together
@@ -405,7 +410,8 @@ cdef void backward_shared_block(const Job *job, Workspace *ws, int64_t item, con
     cdef int64_t n = item % shared.count, block = item // shared.count
     cdef const Workspace *sums = shared.spaces + n
     cdef int64_t *passed = shared.passed + n * (job.blocks + 1) + block
-    backward_block(job, ws, shared.first + n, block, INT64_MAX, sums.own, dv_sums(job, sums), passed, passed + 1)
+    backward_block(job, ws, shared.first + n, block, INT64_MAX, sums.own, dv_sums(job, sums), passed,
+                   passed + 1)
 
 cdef void store_shared_keys(const Job *job, Workspace *ws, int64_t item, const void *shared_) noexcept nogil:
     cdef const Shared *shared = <const Shared *> shared_

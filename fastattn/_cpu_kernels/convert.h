@@ -83,6 +83,11 @@ static inline void load_row(real *restrict dst, const char *restrict src, ptrdif
         if (dtype == FA_F16)
             for (; i + 16 <= n; i += 16)
                 _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(h + i))));
+        if (dtype == FA_BF16)
+            for (; i + 16 <= n; i += 16) {
+                __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(h + i)));
+                _mm512_storeu_si512(dst + i, _mm512_slli_epi32(x, 16));
+            }
 #elif defined(__F16C__) && !defined(FA_DOUBLE)
         if (dtype == FA_F16)
             for (; i + 8 <= n; i += 8)
