@@ -224,18 +224,54 @@ INLINE vr v_round_pow2(vr x, vr *pow2) {
 }
 // 2^(c x) for c x <= 0, c > 0: exactly 1 at 0 and exactly 0 at -inf; NaN comes through. f is taken
 // from x itself, so that the rounding of c x does not count.
-INLINE vr v_exp2(vr x, vr c) {
 #if defined(__AVX512F__)
-    x = v_max(v_set1(-2 * V_BIAS) / c, x);  // 0 from there on, and x c keeps its fraction
-    vr n = (vr)V_X86(roundscale)((v_x86)(x * c), 0x08), f = v_fma(x, c, -n);
-    return (vr)V_X86(scalef)((v_x86)v_fma(f, v_pow2_poly(f), v_set1(1)), (v_x86)n);
+// Two registers hold a table of 2^(i / V_STEPS), a step of V_STEPS to the unit leaves |f| so small that
+// few terms suffice: 1 + f q(f) to 5.3e-8 for float, 7e-18 for double. An entry lacks the i that is
+// added to its bits with the integer part.
+#ifdef FA_DOUBLE
+#define V_STEPS 16
+static const ureal v_pow2_steps[V_STEPS] __attribute__((aligned(V_BYTES))) = {
+    0x3ff0000000000000, 0x3fefb5586cf9890f, 0x3fef72b83c7d517b, 0x3fef387a6e756238,
+    0x3fef06fe0a31b715, 0x3feedea64c123422, 0x3feebfdad5362a27, 0x3feeab07dd485429,
+    0x3feea09e667f3bcd, 0x3feea11473eb0187, 0x3feeace5422aa0db, 0x3feec49182a3f090,
+    0x3feee89f995ad3ad, 0x3fef199bdd85529c, 0x3fef5818dcfba487, 0x3fefa4afa2a490da,
+};
 #else
+#define V_STEPS 32
+static const ureal v_pow2_steps[V_STEPS] __attribute__((aligned(V_BYTES))) = {
+    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3,
+};
+#endif
+INLINE vr v_exp2(vr x, vr c) {
+    const vr magic = v_set1(V_MAGIC / V_STEPS), *steps = (const vr *)v_pow2_steps;
+    x = v_max(v_set1(-V_BIAS) / c, x);
+    vr t = v_fma(x, c, magic), f = v_fma(x, c, magic - t);
+    vr pow2 = (vr)V_X86(permutex2var)((v_x86)steps[0], (__m512i)t, (v_x86)steps[1]);
+    pow2 = (vr)((vi)pow2 + (vi)((vu)t << (V_MANTISSA - __builtin_ctz(V_STEPS))));
+#ifdef FA_DOUBLE
+    HORNER_BEGIN(0x1.430818ad73e5ap-13);
+    HORNER(0x1.5d89bdcd026fap-10);
+    HORNER(0x1.3b2ab6fe272c3p-7);
+    HORNER(0x1.c6b08d6e8ba08p-5);
+    HORNER(0x1.ebfbdff82c553p-3);
+    HORNER(0x1.62e42fefa39fdp-1);
+#else
+    HORNER_BEGIN(0x1.ebfbdep-3);
+    HORNER(0x1.62e584p-1);
+#endif
+    return v_fma(pow2 * f, q, pow2);
+}
+#else
+INLINE vr v_exp2(vr x, vr c) {
     vr pow2;
     x = v_max(v_set1(-V_BIAS) / c, x);
     vr f = v_fma(x, c, -v_round_pow2(x * c, &pow2));
     return v_fma(f, v_pow2_poly(f), v_set1(1)) * pow2;
-#endif
 }
+#endif
 // tanh x = e / (e + 2) with e = exp(2|x|) - 1, taken without cancellation.
 INLINE vr v_tanh(vr x) {
     vr pow2, y = v_min(v_set1(64), v_abs(x) * v_set1((real)2.885390081777926814720));
