@@ -6,6 +6,7 @@
 cdef enum:
     MAX_LEAD = 64
     CHUNK = 512  # keys of a chunk, at least
+    SEEN_KEYS = 128  # of a tile that a mask or segments may leave empty
     MAX_CHUNKS = 64
     EMPTY, PARTIAL, FULL
 
@@ -326,6 +327,8 @@ cdef void fill_job(Job *job, problem, bint backward) except *:
                     or job.slopes != NULL or not 1e-30 < job.scale < 1e30)
 
     job.Bc = kr.Bc_backward if backward else kr.Bc
+    if job.attn_mask.dtype != FA_NONE or job.bias.dtype != FA_NONE or job.q_segment_ids.dtype != FA_NONE:
+        job.Bc = min(job.Bc, SEEN_KEYS)
     job.Br = kr.Br_backward if backward else kr.Br
     # dk and dv of a long sequence lie outside the caches, and are added to once a block.
     if backward and kr.real_bytes == 4 and job.Lq >= 1536:
