@@ -42,7 +42,8 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         int32_t rows, cols, dtype, ahead
     ctypedef struct fa_adjust:
         double scale, softcap
-        const void *add[2]
+        int32_t terms
+        fa_rows add[2]
         const void *slope
         const void *centre
         void *gain
@@ -105,10 +106,10 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         void (*pack_lanes)(void *, int, const fa_rows *, int) noexcept nogil
         void (*pack_left)(void *, ptrdiff_t, const fa_rows *) noexcept nogil
         void (*pack_right)(void *, ptrdiff_t, const fa_rows *) noexcept nogil
-        int (*load_lanes)(void *, int, const fa_rows *) noexcept nogil
         void (*store_row)(char *, ptrdiff_t, int, const void *, int, double) noexcept nogil
         double (*dot)(const char *, ptrdiff_t, int, const char *, ptrdiff_t, int, int) noexcept nogil
-        void (*scores)(void *, int, const void *, ptrdiff_t, const void *, int, int, void *) noexcept nogil
+        void (*scores)(void *, int, const void *, ptrdiff_t, const void *, int, int, void *,
+                       const fa_adjust *) noexcept nogil
         void (*few_scores)(void *, int, const void *, ptrdiff_t, const void *, ptrdiff_t, int, int, int,
                            int, void *) noexcept nogil
         void (*adjust)(void *, int, int, const fa_adjust *) noexcept nogil
@@ -124,6 +125,7 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         int (*backward_plain)(const fa_backward_tile *, int, int) noexcept nogil
         void (*add_tile)(double *, const void *, int64_t) noexcept nogil
         void (*add_distances)(void *, const void *, int, int, const void *) noexcept nogil
+        int (*all_neg_inf)(const fa_rows *) noexcept nogil
         void (*keep_above_neg_inf)(uint32_t *, const void *, int, int) noexcept nogil
         void (*keep_true)(uint32_t *, const fa_rows *) noexcept nogil
         void (*dropout)(uint32_t *, int, int, int64_t, const uint32_t *, const uint32_t *,

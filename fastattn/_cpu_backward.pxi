@@ -38,6 +38,7 @@ cdef void load_backward_block(const Job *job, Workspace *ws, int64_t b, int64_t 
         if ws.key_to[r] > ws.key_from[r]:
             ws.first_key = min(ws.first_key, ws.key_from[r])
             ws.end_key = max(ws.end_key, ws.key_to[r])
+    set_spans(job, ws)
     pack_query_lanes(job, ws, &job.q, ws.q_lanes, job.D, job.D_units, job.negate)
     pack_query_lanes(job, ws, &job.dout, ws.do_lanes, job.Dv, job.Dv_units, False)
     memset(ws.dslope, 0, ws.panels * job.panel * kr.real_bytes)
@@ -57,16 +58,14 @@ cdef int backward_panel(const Job *job, Workspace *ws, int p, char *k_base, char
                         int64_t k1, int64_t *low, int64_t *high) noexcept nogil:
     cdef const fa_kernels *kr = job.kernels
     cdef uint32_t *keep = ws.keep + <ptrdiff_t> p * job.Bc
-    cdef int rows = min(job.panel, ws.rows - p * job.panel), state = EMPTY, n = 0, j
+    cdef int rows = min(job.panel, ws.rows - p * job.panel), state, n, j
     cdef fa_backward_tile x
+    cdef fa_adjust how
+    cdef const fa_adjust *finish
     cdef bint plain
     cdef ptrdiff_t lanes = <ptrdiff_t> ceil_div(job.Br, job.panel) * job.panel
-    if panel_keys(job, ws, p, k0, k1, low, high):
-        n = <int> (high[0] - low[0])
-        state = tile_mask(job, ws, p, low[0], n, keep + (low[0] - k0))
-    if state == EMPTY:
-        low[0] = high[0] = k0
-        n = 0
+    state = tile_mask(job, ws, p, k0, k1, low, high, keep)
+    n = <int> (high[0] - low[0])
     if state == FULL:  # lanes past the last row are excluded too
         for j in range(n):
             keep[low[0] - k0 + j] = <uint32_t> ((<uint64_t> 1 << rows) - 1)
@@ -105,12 +104,13 @@ cdef int backward_panel(const Job *job, Workspace *ws, int p, char *k_base, char
     x.ds_keys = units(job, ws.ds_keys, (low[0] - k0) // 2 * lanes + p * job.panel)
     kr.scores(ws.dp, job.panel, units(job, ws.v_left, (low[0] - k0) * ws.ldv), ws.ldv,
               units(job, ws.do_lanes, <ptrdiff_t> p * job.panel * job.Dv_units), n, job.Dv_units,
-              ws.tile_max)
+              ws.tile_max, NULL)
     plain = x.keep == NULL and not job.adjusted and job.threshold == 0
     if not plain or kr.backward_plain(&x, job.panel, n):
-        kr.scores(ws.s, job.panel, x.k, x.ldk, x.q, n, x.D, ws.tile_max)
-        if job.adjusted:
-            adjust_tile(job, ws, p, low[0], n, ws.gain)
+        finish = adjustment(job, ws, p, low[0], n, ws.gain, &how)
+        kr.scores(ws.s, job.panel, x.k, x.ldk, x.q, n, x.D, ws.tile_max, finish)
+        if finish != NULL:
+            kr.adjust(ws.s, job.panel, n, finish)
         x.drop = draw_dropout(job, ws, p, low[0], n)
         if kr.backward_tile(&x, job.panel, n):
             kr.keep_above_neg_inf(keep + (low[0] - k0), ws.s, job.panel, n)
@@ -309,7 +309,7 @@ cdef const void *rows_as_right(const Job *job, Workspace *ws, const Array *a, in
                           and a.row == cols * job.kernels.unit_bytes)
     for r in range(ws.rows):
         in_place &= ws.key_to[r] != 0
-    rows = block_rows(job, ws, a, 0, ws.rows, 0, cols, False)
+    rows = block_rows(job, ws, a, 0, ws.rows, 0, cols, False, ws.row)
     if in_place:
         return rows.row[0]
     job.kernels.pack_right(dst, ld, &rows)

@@ -26,6 +26,7 @@ cdef void forward_block(const Job *job, Workspace *ws, int64_t item, const void 
     stacked = <int> min(job.stack, (kv_head + 1) * job.group - head0)
     n = <int> job.Lq if job.stack > 1 else <int> min(job.Br, job.Lq - block % per_head * job.Br)
     set_rows(job, ws, item // job.Hkv, head0, stacked, block % per_head * job.Br, n)
+    set_spans(job, ws)
     pack_queries(job, ws)
     for r in range(ws.rows):
         ws.settled[r] = False
@@ -40,7 +41,7 @@ cdef void forward_block(const Job *job, Workspace *ws, int64_t item, const void 
 cdef void pack_queries(const Job *job, Workspace *ws) noexcept nogil:
     cdef fa_rows rows
     if job.few:
-        rows = block_rows(job, ws, &job.q, 0, ws.rows, 0, job.D, False)
+        rows = block_rows(job, ws, &job.q, 0, ws.rows, 0, job.D, False, ws.row)
         job.kernels.pack_left(ws.q_lanes, query_ld(job), &rows)
     else:
         pack_query_lanes(job, ws, &job.q, ws.q_lanes, job.D, job.D_units, job.negate)
@@ -117,9 +118,12 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
     cdef char *v_base = at(job, &job.v, ws.b, kv_head)
     cdef int64_t k0 = max(begin, ws.first_key // job.Bc * job.Bc), k1, low, high
     cdef int p, n, j, r, state
+    cdef fa_adjust how
+    cdef const fa_adjust *finish
     cdef fa_softmax_state softmax
     cdef fa_product x
     cdef fa_selection which
+    cdef uint32_t *keep
     cdef const uint32_t *drop
     cdef double drop_scale = job.drop_scale
     cdef bint moved
@@ -138,32 +142,32 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
         k1 = min(k0 + job.Bc, end)
         ws.k_left = ws.v_right = NULL
         for p in range(ws.panels):
-            if not panel_keys(job, ws, p, k0, k1, &low, &high):
-                continue
-            n = <int> (high - low)
-            state = tile_mask(job, ws, p, low, n, ws.keep)
+            state = tile_mask(job, ws, p, k0, k1, &low, &high, ws.keep)
             if state == EMPTY:
                 continue
+            n = <int> (high - low)
+            keep = ws.keep + (low - k0)
             load_left(job, ws, &job.k, k_base, k0, k1, job.D, key_ld(job), job.k_in_place, ws.k_tile,
                       &ws.k_left, &ws.ldk)
             load_right(job, ws, &job.v, v_base, k0, k1, job.Dv, job.Dv_cols, job.v_in_place, ws.v_tile,
                        &ws.v_right, &ws.ldv)
+            finish = adjustment(job, ws, p, low, n, NULL, &how)
             if job.few:
                 kr.few_scores(ws.s, job.panel, units(job, ws.k_left, (low - k0) * ws.ldk), ws.ldk,
                               ws.q_lanes, query_ld(job), ws.rows, n, query_ld(job), job.negate, ws.tile_max)
             else:
                 kr.scores(ws.s, job.panel, units(job, ws.k_left, (low - k0) * ws.ldk), ws.ldk,
                           units(job, ws.q_lanes, <ptrdiff_t> p * job.panel * job.D_units), n, job.D_units,
-                          ws.tile_max)
-            if job.adjusted:
-                adjust_tile(job, ws, p, low, n, NULL)
+                          ws.tile_max, finish)
+            if finish != NULL:
+                kr.adjust(ws.s, job.panel, n, finish)
             if state == PARTIAL:
-                kr.exclude(ws.s, job.panel, n, ws.keep, ws.tile_max)
+                kr.exclude(ws.s, job.panel, n, keep, ws.tile_max)
             drop = draw_dropout(job, ws, p, low, n)
             if care != USUAL:
                 for j in range(n):  # excluded scores are -inf by now
-                    ws.keep[j] = ~<uint32_t> 0
-                kr.keep_above_neg_inf(ws.keep, ws.s, job.panel, n)
+                    keep[j] = ~<uint32_t> 0
+                kr.keep_above_neg_inf(keep, ws.s, job.panel, n)
                 if drop == NULL and care == SCALED:
                     memset(ws.drop, 0xff, n * sizeof(uint32_t))
                     drop = ws.drop
@@ -188,7 +192,7 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
             if care == USUAL or kr.right_finite(ws.v_right, ws.ldv, ceil_div(k1 - k0, kr.pair), job.Dv_cols):
                 kr.accumulate(&x)
             else:
-                which.keep = ws.keep
+                which.keep = keep
                 which.ld = job.Bc
                 which.keys = n
                 which.panel = job.panel

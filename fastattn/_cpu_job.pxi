@@ -50,6 +50,11 @@ cdef struct Job:
     double *dsink_rows         # (Hq, batch, Lq) or NULL
     double *dslope_rows
 
+# What the rows of a panel see: some of them keys [first, end), all of them keys [all_from, all_to).
+cdef struct Span:
+    int64_t first, end, all_from, all_to
+    int64_t low_segment, high_segment
+
 # One thread's memory. Arrays over rows have an entry for every lane of the block's panels.
 cdef struct Workspace:
     void *q_lanes
@@ -58,7 +63,6 @@ cdef struct Workspace:
     void *p
     void *k_tile
     void *v_tile
-    void *add[2]
     void *scratch
     uint32_t *keep
     uint32_t *drop
@@ -99,9 +103,12 @@ cdef struct Workspace:
     int64_t *seg
     int64_t *key_from
     int64_t *key_to
+    Span *span                          # of each panel
+    int64_t seen_from, seen_to, low_segment, high_segment  # segments of the keys looked at last
     uint32_t *pos32
     uint32_t *head
     const char **row
+    const char **add_row[2]             # of the tile's additive masks
     # tiles at hand
     const void *k_left
     const void *v_left
@@ -148,12 +155,11 @@ cdef size_t lay_out(const Job *job, Workspace *ws, char *base) noexcept nogil:
     cdef size_t real = kr.real_bytes, unit = kr.unit_bytes, Bc = job.Bc
     cdef size_t panels = ceil_div(job.Br, job.panel), rows = panels * job.panel, tile = Bc * job.panel
     cdef size_t key_pairs = ceil_div(Bc, kr.pair), query_pairs = ceil_div(rows, kr.pair)
+    cdef int a
 
     ws.q_lanes = carve(base, &used, rows * query_ld(job) * unit)
     ws.o = carve(base, &used, rows * real * (job.D_cols if job.is_backward else job.Dv_cols))
     ws.s = carve(base, &used, tile * real)
-    ws.add[0] = carve(base, &used, tile * real if job.attn_mask.dtype < FA_BOOL else 0)
-    ws.add[1] = carve(base, &used, tile * real if job.bias.dtype < FA_BOOL else 0)
     ws.k_tile = carve(base, &used, 0 if job.k_in_place else Bc * key_ld(job) * unit)
     ws.keep = <uint32_t *> carve(base, &used, panels * Bc * sizeof(uint32_t))
     ws.drop = <uint32_t *> carve(base, &used, Bc * sizeof(uint32_t))
@@ -196,9 +202,12 @@ cdef size_t lay_out(const Job *job, Workspace *ws, char *base) noexcept nogil:
     ws.seg = <int64_t *> carve(base, &used, rows * sizeof(int64_t))
     ws.key_from = <int64_t *> carve(base, &used, rows * sizeof(int64_t))
     ws.key_to = <int64_t *> carve(base, &used, rows * sizeof(int64_t))
+    ws.span = <Span *> carve(base, &used, panels * sizeof(Span))
     ws.pos32 = <uint32_t *> carve(base, &used, rows * sizeof(uint32_t))
     ws.head = <uint32_t *> carve(base, &used, rows * sizeof(uint32_t))
     ws.row = <const char **> carve(base, &used, max(rows, Bc + FA_AHEAD) * sizeof(char *))
+    for a in range(2):
+        ws.add_row[a] = <const char **> carve(base, &used, job.panel * sizeof(char *))
     return used
 
 cdef inline void *carve(char *base, size_t *used, size_t size) noexcept nogil:
@@ -429,10 +438,31 @@ cdef void set_rows(const Job *job, Workspace *ws, int64_t b, int64_t head0, int 
         ws.pos[lane] = ws.pos32[lane] = ws.head[lane] = 0
         ws.key_from[lane] = ws.key_to[lane] = 0
 
-# Row pointers into `a` for rows [r0, r0 + n) of the block, at column `col`; rows that see no
+# What the panels see, once key_from and key_to of the rows are settled.
+cdef void set_spans(const Job *job, Workspace *ws) noexcept nogil:
+    cdef int p, r
+    cdef Span *span
+    ws.seen_from = ws.seen_to = -1
+    for p in range(ws.panels):
+        span = ws.span + p
+        span.first = span.all_to = job.Lk
+        span.end = span.all_from = 0
+        for r in range(p * job.panel, min((p + 1) * job.panel, ws.rows)):
+            if ws.key_to[r] > ws.key_from[r]:
+                span.first = min(span.first, ws.key_from[r])
+                span.end = max(span.end, ws.key_to[r])
+            span.all_from = max(span.all_from, ws.key_from[r])
+            span.all_to = min(span.all_to, ws.key_to[r])
+        if job.q_segment_ids.dtype != FA_NONE:
+            span.low_segment = span.high_segment = ws.seg[p * job.panel]
+            for r in range(p * job.panel, min((p + 1) * job.panel, ws.rows)):
+                span.low_segment = min(span.low_segment, ws.seg[r])
+                span.high_segment = max(span.high_segment, ws.seg[r])
+
+# Pointers into `a`, left in `row`, for rows [r0, r0 + n) of the block, at column `col`; rows that see no
 # key at all are not read.
-cdef fa_rows block_rows(const Job *job, Workspace *ws, const Array *a, int r0, int n, int64_t col,
-                        int cols, bint dead_too) noexcept nogil:
+cdef fa_rows block_rows(const Job *job, const Workspace *ws, const Array *a, int r0, int n, int64_t col,
+                        int cols, bint dead_too, const char **row) noexcept nogil:
     cdef fa_rows rows
     cdef char *base = NULL
     cdef int r
@@ -441,10 +471,10 @@ cdef fa_rows block_rows(const Job *job, Workspace *ws, const Array *a, int r0, i
         if ws.head[r] != head:
             head = ws.head[r]
             base = at(job, a, ws.b, head)
-        ws.row[r - r0] = base + <int64_t> ws.pos32[r] * a.row + col * a.col
+        row[r - r0] = base + <int64_t> ws.pos32[r] * a.row + col * a.col
         if not dead_too and ws.key_to[r] == 0:
-            ws.row[r - r0] = NULL
-    rows.row = ws.row
+            row[r - r0] = NULL
+    rows.row = row
     rows.stride = a.col
     rows.rows = n
     rows.cols = cols
@@ -471,24 +501,8 @@ cdef void pack_query_lanes(const Job *job, Workspace *ws, const Array *a, void *
     cdef int p
     cdef fa_rows rows
     for p in range(ws.panels):
-        rows = block_rows(job, ws, a, p * job.panel, min(job.panel, ws.rows - p * job.panel), 0, cols, False)
+        rows = block_rows(job, ws, a, p * job.panel, min(job.panel, ws.rows - p * job.panel), 0, cols, False, ws.row)
         job.kernels.pack_lanes(units(job, dst, <ptrdiff_t> p * job.panel * cols_units), job.panel, &rows, negate)
-
-
-# The keys of [k0, k1) that rows of panel p see, as [*low, *high), low rounded down: dropout draws 4
-# keys at once, bfloat16 takes them in pairs, and sums in runs start at the same keys in any panel.
-# False if there are none.
-cdef bint panel_keys(const Job *job, const Workspace *ws, int p, int64_t k0, int64_t k1,
-                     int64_t *low, int64_t *high) noexcept nogil:
-    cdef int r
-    cdef int64_t first = k1, end = k0
-    for r in range(p * job.panel, min((p + 1) * job.panel, ws.rows)):
-        if ws.key_to[r] > ws.key_from[r]:
-            first = min(first, ws.key_from[r])
-            end = max(end, ws.key_to[r])
-    low[0] = max(k0, first // FA_RUN * FA_RUN)
-    high[0] = min(k1, end)
-    return low[0] < high[0]
 
 
 # Keys [k0, k1) of k or v as a product's left operand, read where they lie if they can be.
@@ -523,36 +537,70 @@ cdef void load_right(const Job *job, Workspace *ws, const Array *a, char *base, 
 
 # ---- masking: the one place that knows what excludes a pair -----------------------------------------
 
-# Pairs of panel p with the keys [j0, j0 + n): FULL, EMPTY, or PARTIAL with the bits of keep[n]
-# telling which rows take part. Loads the tiles of additive masks into ws.add on the way, and sets
-# ws.row_depth, past which a row sees nothing.
-cdef int tile_mask(const Job *job, Workspace *ws, int p, int64_t j0, int n, uint32_t *keep) noexcept nogil:
-    cdef const fa_kernels *kr = job.kernels
-    cdef int r0 = p * job.panel, rows = min(job.panel, ws.rows - r0)
-    cdef uint32_t valid = <uint32_t> ((<uint64_t> 1 << rows) - 1), bits = 0, any_kept = 0, all_kept = valid
-    cdef bint banded = False, element_wise
-    cdef int r, j, a, e
-    cdef const Array *add
+# Which pairs of panel p with the keys [k0, k1) of a tile take part: FULL, EMPTY, or PARTIAL with
+# the bits of keep[j - k0] telling which rows do, but for what an additive mask excludes: that is left
+# to `adjust`, whose scores tell. Keys outside of [low, high) take no part; low is rounded down:
+# dropout draws 4 keys at once, bfloat16 takes them in pairs, and sums in runs start at the same keys
+# in any panel. Sets ws.row_depth, past which a row sees nothing.
+cdef int tile_mask(const Job *job, Workspace *ws, int p, int64_t k0, int64_t k1, int64_t *low,
+                   int64_t *high, uint32_t *keep) noexcept nogil:
+    cdef const Span *span = ws.span + p
+    cdef int r0 = p * job.panel, rows = min(job.panel, ws.rows - r0), r, j, a, n
+    cdef int64_t j0 = max(k0, span.first // FA_RUN * FA_RUN), end = min(k1, span.end)
+    cdef uint32_t valid = <uint32_t> ((<uint64_t> 1 << rows) - 1), all_kept = valid
+    cdef bint banded, by_segment = job.q_segment_ids.dtype != FA_NONE
     cdef fa_rows mask
-    cdef int64_t segment = 0, last = 0
-    cdef char *base
+    cdef fa_rows adds[2]
 
-    for r in range(rows):
-        if ws.key_from[r0 + r] > j0 or ws.key_to[r0 + r] < j0 + n:
-            banded = True
-    element_wise = (job.attn_mask.dtype != FA_NONE or job.bias.dtype != FA_NONE
-                    or job.q_segment_ids.dtype != FA_NONE)
-    for r in range(job.panel):
-        ws.row_depth[r] = ceil_div(n, kr.pair)
-    if not banded and not element_wise:
-        return FULL
+    low[0] = high[0] = k0
+    if j0 >= end:
+        return EMPTY
+    if by_segment:
+        look_at_segments(job, ws, k0, k1)
+        if ws.high_segment < span.low_segment or ws.low_segment > span.high_segment:
+            return EMPTY
+        by_segment = not (ws.low_segment == ws.high_segment == span.low_segment == span.high_segment)
+    if job.attn_mask.dtype < FA_BOOL or job.bias.dtype < FA_BOOL:
+        for a in range(added_rows(job, ws, p, j0, <int> (end - j0), adds)):
+            if job.kernels.all_neg_inf(&adds[a]):
+                return EMPTY
 
-    # A row's keys are one interval: its bit is switched on at the start and off at the end.
+    banded = span.all_from > j0 or span.all_to < end
+    if banded or by_segment or job.attn_mask.dtype == FA_BOOL:
+        n = <int> (end - j0)
+        keep += j0 - k0
+        keep_keys(ws, r0, rows, j0, n, banded, keep)
+        if by_segment:
+            keep_segments(job, ws, r0, rows, j0, n, keep)
+        if job.attn_mask.dtype == FA_BOOL:
+            mask = block_rows(job, ws, &job.attn_mask, r0, rows, j0, n, True, ws.row)
+            job.kernels.keep_true(keep, &mask)
+        while n > 0 and keep[n - 1] == 0:
+            n -= 1
+        if n == 0:
+            return EMPTY
+        j = 0
+        while keep[j] == 0:
+            j += 1
+        j = j // FA_RUN * FA_RUN
+        end = j0 + n
+        j0 += j
+        for j in range(j, n):
+            all_kept &= keep[j]
+    set_depths(job, ws, r0, j0, end, banded)
+    low[0] = j0
+    high[0] = end
+    return FULL if all_kept == valid else PARTIAL
+
+# A row's keys are one interval: its bit is switched on at the start and off at the end.
+cdef void keep_keys(const Workspace *ws, int r0, int rows, int64_t j0, int n, bint banded,
+                    uint32_t *keep) noexcept nogil:
+    cdef int r, j, a, e
     memset(keep, 0, n * sizeof(uint32_t))
-    for r in range(rows):
+    keep[0] = 0 if banded else <uint32_t> ((<uint64_t> 1 << rows) - 1)
+    for r in range(rows if banded else 0):
         a = <int> clamp(ws.key_from[r0 + r] - j0, 0, n)
         e = <int> clamp(ws.key_to[r0 + r] - j0, 0, n)
-        ws.row_depth[r] = ceil_div(e, kr.pair)
         if a < e:
             keep[a] ^= <uint32_t> 1 << r
             if e < n:
@@ -560,39 +608,62 @@ cdef int tile_mask(const Job *job, Workspace *ws, int p, int64_t j0, int n, uint
     for j in range(1, n):
         keep[j] ^= keep[j - 1]
 
-    if job.q_segment_ids.dtype != FA_NONE:
-        base = at(job, &job.kv_segment_ids, ws.b, 0)
-        for j in range(n):
-            segment = (<int64_t *> (base + (j0 + j) * job.kv_segment_ids.row))[0]
-            if j == 0 or segment != last:
-                bits = 0
-                for r in range(rows):
-                    bits |= <uint32_t> (ws.seg[r0 + r] == segment) << r
-                last = segment
-            keep[j] &= bits
+# The least and the largest segment of the keys [k0, k1).
+cdef void look_at_segments(const Job *job, Workspace *ws, int64_t k0, int64_t k1) noexcept nogil:
+    cdef const char *segments = at(job, &job.kv_segment_ids, ws.b, 0)
+    cdef int64_t j, segment
+    if ws.seen_from == k0 and ws.seen_to == k1:
+        return
+    ws.seen_from = k0
+    ws.seen_to = k1
+    ws.low_segment = ws.high_segment = (<int64_t *> (segments + k0 * job.kv_segment_ids.row))[0]
+    for j in range(k0 + 1, k1):
+        segment = (<int64_t *> (segments + j * job.kv_segment_ids.row))[0]
+        ws.low_segment = min(ws.low_segment, segment)
+        ws.high_segment = max(ws.high_segment, segment)
 
-    if job.attn_mask.dtype == FA_BOOL:
-        mask = block_rows(job, ws, &job.attn_mask, r0, rows, j0, n, True)
-        kr.keep_true(keep, &mask)
-    for a in range(2):
-        add = &job.bias if a else &job.attn_mask
-        if add.dtype < FA_BOOL:
-            mask = block_rows(job, ws, add, r0, rows, j0, n, True)
-            if kr.load_lanes(ws.add[a], job.panel, &mask):
-                kr.keep_above_neg_inf(keep, ws.add[a], job.panel, n)
-
+cdef void keep_segments(const Job *job, const Workspace *ws, int r0, int rows, int64_t j0, int n,
+                        uint32_t *keep) noexcept nogil:
+    cdef const char *segments = at(job, &job.kv_segment_ids, ws.b, 0)
+    cdef int64_t segment, last = 0
+    cdef uint32_t bits = 0
+    cdef int j, r
     for j in range(n):
-        any_kept |= keep[j] & valid
-        all_kept &= keep[j]
-    return EMPTY if any_kept == 0 else FULL if all_kept == valid else PARTIAL
+        segment = (<int64_t *> (segments + (j0 + j) * job.kv_segment_ids.row))[0]
+        if j == 0 or segment != last:
+            bits = 0
+            for r in range(rows):
+                bits |= <uint32_t> (ws.seg[r0 + r] == segment) << r
+            last = segment
+        keep[j] &= bits
+
+cdef void set_depths(const Job *job, Workspace *ws, int r0, int64_t j0, int64_t end, bint banded) noexcept nogil:
+    cdef int r, pair = job.kernels.pair, whole = <int> ceil_div(end - j0, pair)
+    for r in range(job.panel):
+        ws.row_depth[r] = whole
+    for r in range(min(job.panel, ws.rows - r0) if banded else 0):
+        ws.row_depth[r] = <int32_t> ceil_div(clamp(ws.key_to[r0 + r] - j0, 0, end - j0), pair)
 
 
-cdef void adjust_tile(const Job *job, Workspace *ws, int p, int64_t j0, int n, void *gain) noexcept nogil:
-    cdef fa_adjust how
+# Rows of what is added to the scores of panel p with keys [j0, j0 + n); returns how many arrays.
+cdef int added_rows(const Job *job, const Workspace *ws, int p, int64_t j0, int n, fa_rows *adds) noexcept nogil:
+    cdef int r0 = p * job.panel, rows = min(job.panel, ws.rows - r0), terms = 0
+    if job.attn_mask.dtype < FA_BOOL:
+        adds[0] = block_rows(job, ws, &job.attn_mask, r0, rows, j0, n, True, ws.add_row[0])
+        terms = 1
+    if job.bias.dtype < FA_BOOL:
+        adds[terms] = block_rows(job, ws, &job.bias, r0, rows, j0, n, True, ws.add_row[1])
+        terms += 1
+    return terms
+
+# How the scores of panel p with keys [j0, j0 + n) are finished; NULL: softmax does it.
+cdef const fa_adjust *adjustment(const Job *job, Workspace *ws, int p, int64_t j0, int n, void *gain,
+                                 fa_adjust *how) noexcept nogil:
+    if not job.adjusted:
+        return NULL
     how.scale = job.scale
     how.softcap = job.softcap
-    how.add[0] = ws.add[0] if job.attn_mask.dtype < FA_BOOL else NULL
-    how.add[1] = ws.add[1] if job.bias.dtype < FA_BOOL else NULL
+    how.terms = added_rows(job, ws, p, j0, n, how.add)
     how.slope = how.centre = NULL
     if job.slopes != NULL:
         set_distances(job, ws, p, j0)
@@ -600,7 +671,7 @@ cdef void adjust_tile(const Job *job, Workspace *ws, int p, int64_t j0, int n, v
         how.centre = ws.centre
     how.gain = gain
     how.tile_max = ws.tile_max
-    job.kernels.adjust(ws.s, job.panel, n, &how)
+    return how
 
 cdef void set_distances(const Job *job, Workspace *ws, int p, int64_t j0) noexcept nogil:
     cdef int r

@@ -83,7 +83,8 @@ INLINE void tiles_product(real *c, ptrdiff_t ldc, int vectors, const unit *a, pt
 }
 
 static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const void *q, int keys,
-                   int depth, void *tile_max) {
+                   int depth, void *tile_max, const fa_adjust *soon) {
+    if (soon) fetch_terms(soon, 0, keys, keys);
     real *s = s_;
     const unit *k = k_;
     for (int row = 0; row < keys; row += RUN_UNITS) {

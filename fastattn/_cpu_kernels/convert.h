@@ -55,6 +55,7 @@ INLINE float odd_f32(double x) {
     return f;
 }
 
+#define NATIVE (sizeof(real) == 8 ? FA_F64 : FA_F32)
 INLINE int dtype_bytes(int dtype) { return dtype == FA_F64 ? 8 : dtype == FA_F32 ? 4 : 2; }
 
 INLINE real load_one(const char *p, int dtype) {
@@ -101,6 +102,19 @@ static inline void load_row(real *restrict dst, const char *restrict src, ptrdif
             }
     }
     for (; i < n; i++) dst[i] = load_one(src + i * stride, dtype);
+}
+
+// V_LANES elements side by side.
+INLINE vr load_vector(const char *src, const int dtype) {
+    if (dtype == NATIVE) return v_loadu((const real *)src);
+#if defined(__AVX512F__) && !defined(FA_DOUBLE)
+    if (dtype == FA_BF16)
+        return (vr)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)src)), 16);
+    if (dtype == FA_F16) return (vr)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)src));
+#endif
+    real part[V_LANES] __attribute__((aligned(V_BYTES)));
+    load_row(part, src, dtype_bytes(dtype), V_LANES, dtype);
+    return v_load(part);
 }
 
 INLINE void store_one(char *p, int dtype, real x) {

@@ -47,7 +47,8 @@ typedef struct {
 // What turns q.k into a score, in the contract's order. Lane arrays hold a panel of reals.
 typedef struct {
     double scale, softcap;  // softcap 0: off
-    const void *add[2];     // [key][panel] tiles to add, or NULL: attn_mask, bias
+    int32_t terms;          // how many arrays are added: attn_mask, bias
+    fa_rows add[2];         // the rows of the panel, from the first key of the tile
     const void *slope;      // lanes: ALiBi slope of each row, or NULL
     const void *centre;     // lanes: i + offset - first key of the tile
     void *gain;             // [key][panel] out: d(softcap)/ds = 1 - tanh^2, or NULL
@@ -134,20 +135,20 @@ typedef struct {
     void (*pack_left)(void *dst, ptrdiff_t ld, const fa_rows *src);
     // [rows / pair][ld] units, columns padded with zeros to ld, rows to whole units.
     void (*pack_right)(void *dst, ptrdiff_t ld, const fa_rows *src);
-    // [cols][panel] reals, transposed; returns whether one is -inf. The next `cols` are fetched.
-    int (*load_lanes)(void *dst, int panel, const fa_rows *src);
     // dst[i] = src[i] * factor, rounded once to dtype; an exact zero is +0.
     void (*store_row)(char *dst, ptrdiff_t stride, int dtype, const void *src, int n, double factor);
     // a . b, of two rows.
     double (*dot)(const char *a, ptrdiff_t a_stride, int a_dtype,
                   const char *b, ptrdiff_t b_stride, int b_dtype, int n);
 
+    // What `soon` adds is fetched meanwhile.
     void (*scores)(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, int keys,
-                   int depth, void *tile_max);
+                   int depth, void *tile_max, const fa_adjust *soon);
     // The same for a few rows of q, half a vector of lanes at most, with the lanes along the summed
     // axis: q as it lies, padded with zeros to whole vectors as k is. Lanes past the rows are zeros.
     void (*few_scores)(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, ptrdiff_t ldq,
                        int rows, int keys, int depth, int negate, void *tile_max);
+    // A pair where a term is -inf has the score -inf.
     void (*adjust)(void *s, int panel, int keys, const fa_adjust *how);
     // Excluded scores, of which keep tells, become -inf; tile_max is taken again.
     void (*exclude)(void *s, int panel, int keys, const uint32_t *keep, void *tile_max);
@@ -171,7 +172,8 @@ typedef struct {
     // sum[lane] += sum over the keys of t |centre - key|
     void (*add_distances)(void *sum, const void *t, int panel, int keys, const void *centre);
 
-    // Clears the bits of pairs where a tile (scores, an additive mask) is -inf / a bool mask is False.
+    int (*all_neg_inf)(const fa_rows *x);
+    // Clears the bits of pairs where a tile of scores is -inf / a bool mask is False.
     void (*keep_above_neg_inf)(uint32_t *keep, const void *tile, int panel, int keys);
     void (*keep_true)(uint32_t *keep, const fa_rows *mask);
     // Dropout's decisions for keys [key0, key0 + keys), key0 % 4 == 0.

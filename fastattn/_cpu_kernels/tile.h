@@ -98,13 +98,11 @@ static int row_finite(const void *x_, int n) {
 }
 
 // Transposes words of a real's size: dst[col][panel] from rows that hold them side by side.
-// `words` copies n words of a row from column `col` on, zeros where the row has no more. Where rows
-// are read in place, what lies `ahead` columns further is fetched. Returns the lowest words.
+// `words` copies n words of a row from column `col` on, zeros where the row has no more.
 typedef void words_fn(real *dst, const fa_rows *src, int row, int col, int n);
 
-INLINE vr transpose_rows(real *dst, int panel, const fa_rows *src, int cols, int in_place,
-                         words_fn *words, ureal flip, int ahead) {
-    vr lowest = {};
+INLINE void transpose_rows(real *dst, int panel, const fa_rows *src, int cols, int in_place,
+                           words_fn *words, ureal flip) {
     for (int r0 = 0; r0 < panel; r0 += V_LANES)
         for (int c0 = 0; c0 < cols; c0 += V_LANES) {
             int width = cols - c0 < V_LANES ? cols - c0 : V_LANES;
@@ -114,29 +112,16 @@ INLINE vr transpose_rows(real *dst, int panel, const fa_rows *src, int cols, int
                     block[r] = (vr){};
                 } else if (in_place && width == V_LANES) {
                     block[r] = v_loadu((const real *)src->row[r0 + r] + c0);
-                    if (ahead) __builtin_prefetch((const real *)src->row[r0 + r] + c0 + ahead);
                 } else {
                     real part[V_LANES] __attribute__((aligned(V_BYTES))) = {0};
                     words(part, src, r0 + r, c0, width);
                     block[r] = v_load(part);
                 }
-                lowest = v_min(block[r], lowest);
             }
             v_transpose(block);
             for (int c = 0; c < width; c++)
                 v_store(dst + (ptrdiff_t)(c0 + c) * panel + r0, (vr)((vu)block[c] ^ flip));
         }
-    return lowest;
-}
-
-static void real_words(real *dst, const fa_rows *src, int row, int col, int n) {
-    load_row(dst, src->row[row] + col * src->stride, src->stride, n, src->dtype);
-}
-
-static int load_lanes(void *dst, int panel, const fa_rows *src) {
-    int native = src->dtype == (sizeof(real) == 8 ? FA_F64 : FA_F32) && src->stride == sizeof(real);
-    vr lowest = transpose_rows(dst, panel, src, src->cols, native, real_words, 0, src->cols);
-    return v_bits(lowest == v_set1(-INFINITY)) != 0;
 }
 
 INLINE void fetch_ahead(const fa_rows *src, int r) {
@@ -161,7 +146,7 @@ static void pair_words(real *dst, const fa_rows *src, int row, int col, int n) {
 static void pack_lanes(void *dst, int panel, const fa_rows *src, int negate) {
     int in_place = src->stride == 2 && src->cols % 2 == 0;
     transpose_rows(dst, panel, src, (src->cols + 1) / 2, in_place, pair_words,
-                   negate ? 0x80008000u : 0, 0);
+                   negate ? 0x80008000u : 0);
 }
 static void pack_left(void *dst_, ptrdiff_t ld, const fa_rows *src) {
     uint16_t *dst = dst_;
@@ -208,10 +193,13 @@ static int right_finite(const void *b_, ptrdiff_t ld, int rows, int cols) {
     return worst < 0x7f80;
 }
 #else
+static void real_words(real *dst, const fa_rows *src, int row, int col, int n) {
+    load_row(dst, src->row[row] + col * src->stride, src->stride, n, src->dtype);
+}
 static void pack_lanes(void *dst, int panel, const fa_rows *src, int negate) {
-    int native = src->dtype == (sizeof(real) == 8 ? FA_F64 : FA_F32) && src->stride == sizeof(real);
+    int native = src->dtype == NATIVE && src->stride == sizeof(real);
     transpose_rows(dst, panel, src, src->cols, native, real_words,
-                   negate ? (ureal)1 << (8 * sizeof(real) - 1) : 0, 0);
+                   negate ? (ureal)1 << (8 * sizeof(real) - 1) : 0);
 }
 static void pack_right(void *dst_, ptrdiff_t ld, const fa_rows *src) {
     real *dst = dst_;
@@ -234,7 +222,7 @@ static void store_row(char *dst, ptrdiff_t stride, int dtype, const void *src_, 
     const real *src = src_;
     real factor = (real)factor_;
     int i = 0;
-    if (stride == sizeof(real) && dtype == (sizeof(real) == 8 ? FA_F64 : FA_F32))
+    if (stride == sizeof(real) && dtype == NATIVE)
         for (; i + V_LANES <= n; i += V_LANES)
             v_storeu((real *)(dst + i * stride), v_loadu(src + i) * v_set1(factor) + (vr){});
 #if defined(__AVX512BF16__) && !defined(FA_DOUBLE)
@@ -308,6 +296,17 @@ INLINE void fetch_some(fa_fetch *of, int count, int rows) {
 // grow with the length of a chain. (Depths of accumulate are cut by the tile.)
 #define CHAIN 64
 
+// Fetches what will be added to the scores: as much of it as the keys [key, end) are of all keys.
+// All at once would wait for memory.
+INLINE void fetch_terms(const fa_adjust *how, int key, int end, int keys) {
+    for (int t = 0; t < how->terms; t++) {
+        const fa_rows *x = &how->add[t];
+        int bytes = x->stride == dtype_bytes(x->dtype) ? x->cols * (int)x->stride : 0;
+        for (int r = x->rows * key / keys; r < x->rows * end / keys; r++)
+            for (int c = 0; c < bytes; c += 64) __builtin_prefetch(x->row[r] + c);
+    }
+}
+
 #ifdef FA_AMX
 #include "amx.h"
 #else
@@ -346,7 +345,7 @@ DEFINE_SCORES(1, 1)
 DEFINE_SCORES(1, 2)
 
 static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const void *q_, int keys,
-                   int depth, void *tile_max) {
+                   int depth, void *tile_max, const fa_adjust *soon) {
     static const struct {
         int rows;
         scores_fn *run[2];
@@ -370,9 +369,11 @@ static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const voi
         top[0] = top[1] = v_set1(-INFINITY);
         int row = 0;
         for (int t = 0; row < keys; t++)
-            for (; row + table[t].rows <= keys; row += table[t].rows)
+            for (; row + table[t].rows <= keys; row += table[t].rows) {
+                if (soon && d == 0) fetch_terms(soon, row, row + table[t].rows, keys);
                 table[t].run[wide](s + (ptrdiff_t)row * panel, k + row * ldk + d, ldk,
                                    q + (ptrdiff_t)d * panel, n, d > 0, top);
+            }
         d += n;
     } while (d < depth);
     for (int j = 0; j <= wide; j++) v_store((real *)tile_max + j * V_LANES, top[j]);
@@ -571,31 +572,99 @@ static void accumulate_selected(const fa_product *x, const fa_selection *which) 
 
 // ---- scores to probabilities -----------------------------------------------------------------
 
+// V_LANES keys from `key` on of what is added to the scores of V_LANES rows from `lane` on:
+// to[key] holds the rows, zeros past the last one.
+INLINE void load_whole_terms(const int dtype, vr *to, const fa_rows *src, int lane, int key) {
+    const char *const *row = src->row + lane;
+    vr block[V_LANES];
+    UNROLL for (int r = 0; r < V_LANES; r++)
+        block[r] = load_vector(row[r] + key * dtype_bytes(dtype), dtype);
+    v_transpose(block);
+    UNROLL for (int c = 0; c < V_LANES; c++) to[c] = block[c];
+}
+NOINLINE void load_terms(vr *to, const fa_rows *src, int one_row, int lane, int key, int width) {
+    real part[V_LANES] __attribute__((aligned(V_BYTES))) = {0};
+    if (one_row) {
+        load_row(part, src->row[0] + key * src->stride, src->stride, width, src->dtype);
+        UNROLL for (int c = 0; c < V_LANES; c++) to[c] = v_set1(part[c]);
+    } else if (width == V_LANES && lane + V_LANES <= src->rows && src->stride == dtype_bytes(src->dtype)) {
+        switch (src->dtype) {
+        case FA_F16: load_whole_terms(FA_F16, to, src, lane, key); break;
+        case FA_BF16: load_whole_terms(FA_BF16, to, src, lane, key); break;
+        case FA_F32: load_whole_terms(FA_F32, to, src, lane, key); break;
+        default: load_whole_terms(FA_F64, to, src, lane, key);
+        }
+    } else {
+        for (int r = 0; r < V_LANES; r++) {
+            if (lane + r < src->rows)
+                load_row(part, src->row[lane + r] + key * src->stride, src->stride, width, src->dtype);
+            else
+                memset(part, 0, sizeof part);
+            to[r] = v_load(part);
+        }
+        v_transpose(to);
+    }
+}
+
+static int is_one_row(const fa_rows *x) {
+    for (int r = 1; r < x->rows; r++)
+        if (x->row[r] != x->row[0]) return 0;
+    return 1;
+}
+
+// One vector of rows and V_LANES keys at most.
+INLINE vr add_terms(const int terms, vr (*add)[V_LANES], real *s, int panel, int keys, vr scale,
+                    int sloped, vr slope, vr distance, vr top) {
+    UNROLL for (int c = 0; c < V_LANES; c++) {
+        if (c == keys) break;
+        vr x = v_load(s + c * panel);
+        x = terms > 0 ? v_fma(x, scale, add[0][c]) : x * scale;
+        if (terms > 1) x += add[1][c];
+        if (sloped) x = v_fma(slope, v_abs(distance - v_set1((real)c)), x);
+        UNROLL for (int t = 0; t < terms; t++)
+            x = v_select(add[t][c] == v_set1(-INFINITY), v_set1(-INFINITY), x);
+        v_store(s + c * panel, x);
+        top = v_max(top, x);
+    }
+    return top;
+}
+
 static void adjust(void *s_, int panel, int keys, const fa_adjust *how) {
     real *s = s_, *gain = how->gain;
-    const real *add0 = how->add[0], *add1 = how->add[1], *slopes = how->slope;
-    const int capped = how->softcap != 0;
-    vr scale = v_set1((real)how->scale), cap = v_set1((real)how->softcap);
-    vr per_cap = v_set1((real)(1 / how->softcap));
+    const real *slopes = how->slope;
+    int sloped = slopes != 0, one_row[2] = {0};
+    vr scale = v_set1((real)how->scale);
+    if (how->softcap != 0) {
+        vr cap = v_set1((real)how->softcap), per_cap = v_set1((real)(1 / how->softcap));
+        for (int lane = 0; lane < panel; lane += V_LANES) {
+            vr top = v_set1(-INFINITY);
+            for (int key = 0; key < keys; key++) {
+                ptrdiff_t at = (ptrdiff_t)key * panel + lane;
+                vr t = v_tanh(v_load(s + at) * scale * per_cap);
+                if (gain) v_store(gain + at, v_set1(1) - t * t);
+                v_store(s + at, cap * t);
+                top = v_max(top, cap * t);
+            }
+            v_store((real *)how->tile_max + lane, top);
+        }
+        if (how->terms == 0 && !sloped) return;
+        scale = v_set1(1);
+    }
+    for (int t = 0; t < how->terms; t++) one_row[t] = is_one_row(&how->add[t]);
     for (int lane = 0; lane < panel; lane += V_LANES) {
         vr slope = {}, centre = {}, top = v_set1(-INFINITY);
-        if (slopes) {
-            slope = v_load(slopes + lane);
+        if (sloped) {
+            slope = -v_load(slopes + lane);
             centre = v_load((const real *)how->centre + lane);
         }
-        for (int key = 0; key < keys; key++) {
-            ptrdiff_t at = (ptrdiff_t)key * panel + lane;
-            vr x = v_load(s + at) * scale;
-            if (capped) {
-                vr t = v_tanh(x * per_cap);
-                x = cap * t;
-                if (gain) v_store(gain + at, v_set1(1) - t * t);
-            }
-            if (add0) x += v_load(add0 + at);
-            if (add1) x += v_load(add1 + at);
-            if (slopes) x = v_fma(-slope, v_abs(centre - v_set1((real)key)), x);
-            v_store(s + at, x);
-            top = v_max(top, x);
+        for (int key = 0; key < keys; key += V_LANES) {
+            vr add[2][V_LANES], distance = centre - v_set1((real)key);
+            int n = keys - key < V_LANES ? keys - key : V_LANES;
+            real *at = s + (ptrdiff_t)key * panel + lane;
+            for (int t = 0; t < how->terms; t++)
+                load_terms(add[t], &how->add[t], one_row[t], lane, key, n);
+#define ADD_TERMS(terms) add_terms(terms, add, at, panel, n, scale, sloped, slope, distance, top)
+            top = how->terms == 0 ? ADD_TERMS(0) : how->terms == 1 ? ADD_TERMS(1) : ADD_TERMS(2);
         }
         v_store((real *)how->tile_max + lane, top);
     }
@@ -776,7 +845,7 @@ static int backward_tile(const fa_backward_tile *x, int panel, int keys) {
 // Scores leave the tiles' registers by memory.
 static int backward_plain(const fa_backward_tile *x, int panel, int keys) {
     real top[FA_MAX_PANEL] __attribute__((aligned(V_BYTES)));
-    scores(x->s, panel, x->k, x->ldk, x->q, keys, x->D, top);
+    scores(x->s, panel, x->k, x->ldk, x->q, keys, x->D, top, 0);
     fetch_some(x->fetch, x->fetches, keys * x->fetch_rows);
     return backward_tile(x, panel, keys);
 }
@@ -854,7 +923,7 @@ static int backward_plain(const fa_backward_tile *x, int panel, int keys) {
     };
     int wide = panel / V_LANES - 1, row = 0, before = x->D > 0 ? (x->D - 1) / CHAIN * CHAIN : 0;
     vr lowest = {}, top[2];
-    if (before > 0) scores(x->s, panel, x->k, x->ldk, x->q, keys, before, top);
+    if (before > 0) scores(x->s, panel, x->k, x->ldk, x->q, keys, before, top, 0);
     for (int t = 0; row < keys; t++)
         for (; row + table[t].rows <= keys; row += table[t].rows)
             lowest = table[t].run[wide](x, row, x->D - before, lowest);
@@ -892,6 +961,19 @@ static void keep_above_neg_inf(uint32_t *keep, const void *tile_, int panel, int
             keep[key] &= ~(v_bits(v_load(tile + (ptrdiff_t)key * panel + lane) == v_set1(-INFINITY)) << lane);
 }
 
+static int all_neg_inf(const fa_rows *x) {
+    int one_row = is_one_row(x);
+    for (int r = 0; r < (one_row ? 1 : x->rows); r++)
+        for (int col = 0; col < x->cols; col += V_LANES) {
+            real part[V_LANES] __attribute__((aligned(V_BYTES)));
+            int n = x->cols - col < V_LANES ? x->cols - col : V_LANES;
+            for (int i = n; i < V_LANES; i++) part[i] = -INFINITY;
+            load_row(part, x->row[r] + col * x->stride, x->stride, n, x->dtype);
+            if (v_bits(v_load(part) != v_set1(-INFINITY))) return 0;
+        }
+    return 1;
+}
+
 // Bit j: whether byte j of n <= 32 is not 0.
 INLINE uint32_t true_bits(const char *m, ptrdiff_t stride, int n) {
     uint32_t bits = 0;
@@ -915,21 +997,23 @@ INLINE uint32_t true_bits(const char *m, ptrdiff_t stride, int n) {
     return bits;
 }
 
-// Swaps rows and columns of 32 words of 32 bits: the halves, then the quarters, ...
+// Swaps rows and columns of 32 words of 32 bits: the halves, then the quarters, ... Pairs of words
+// are always 16 apart, since each step shuffles the words so that the next ones are.
 static void transpose_bits(uint32_t *x) {
-    uint32_t low = 0xffff;
-    for (int half = 16; half > 0; half /= 2, low ^= low << half)
-        for (int base = 0; base < 32; base += 2 * half)
-            for (int i = base; i < base + half; i++) {
-                uint32_t t = (x[i] >> half ^ x[i + half]) & low;
-                x[i + half] ^= t;
-                x[i] ^= t << half;
-            }
+    UNROLL for (int half = 16; half > 0; half /= 2) {
+        const uint32_t low = ~0u / ((1u << half) + 1);
+        uint32_t y[32];
+        for (int i = 0; i < 16; i++) {
+            uint32_t t = (x[i] >> half ^ x[i + 16]) & low;
+            y[2 * i] = x[i] ^ t << half;
+            y[2 * i + 1] = x[i + 16] ^ t;
+        }
+        memcpy(x, y, sizeof y);
+    }
 }
 
 static void keep_true(uint32_t *keep, const fa_rows *mask) {
-    int shared = 1;  // a mask of keys alone: every row is the same row
-    for (int r = 1; r < mask->rows; r++) shared &= mask->row[r] == mask->row[0];
+    int shared = is_one_row(mask);  // a mask of keys alone
     for (int j = 0; j < mask->cols; j += 32) {
         uint32_t x[32] = {0};
         int n = mask->cols - j < 32 ? mask->cols - j : 32;
@@ -937,8 +1021,11 @@ static void keep_true(uint32_t *keep, const fa_rows *mask) {
             uint32_t bits = true_bits(mask->row[0] + j * mask->stride, mask->stride, n);
             for (int i = 0; i < n; i++) keep[j + i] &= -(bits >> i & 1);
         } else {
-            for (int r = 0; r < mask->rows; r++)
-                x[r] = true_bits(mask->row[r] + j * mask->stride, mask->stride, n);
+            for (int r = 0; r < mask->rows; r++) {
+                const char *at = mask->row[r] + j * mask->stride;
+                x[r] = true_bits(at, mask->stride, n);
+                __builtin_prefetch(at + mask->cols * mask->stride);  // the next tile
+            }
             transpose_bits(x);
             for (int i = 0; i < n; i++) keep[j + i] &= x[i];
         }
@@ -1048,7 +1135,6 @@ const fa_kernels FA_SET = {
     .pack_lanes = pack_lanes,
     .pack_left = pack_left,
     .pack_right = pack_right,
-    .load_lanes = load_lanes,
     .store_row = store_row,
     .dot = dot,
     .scores = scores,
@@ -1066,6 +1152,7 @@ const fa_kernels FA_SET = {
     .add_tile = add_tile,
     .add_distances = add_distances,
     .keep_above_neg_inf = keep_above_neg_inf,
+    .all_neg_inf = all_neg_inf,
     .keep_true = keep_true,
     .dropout = dropout,
     .peak = peak,
