@@ -166,20 +166,22 @@ static void pack_right(void *dst_, ptrdiff_t ld, const fa_rows *src) {
                                    39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int r = 0; r < src->rows; r += 2, dst += 2 * ld) {
-        int c = 0;
+        const char *even = src->row[r], *odd = r + 1 < src->rows ? src->row[r + 1] : 0;
         fetch_ahead(src, r);
-        fetch_ahead(src, r + 1 < src->rows ? r + 1 : r);
-        if (src->stride == 2 && r + 1 < src->rows && src->row[r] && src->row[r + 1])
-            for (; c + 32 <= src->cols; c += 32) {
-                __m512i a = _mm512_loadu_si512(src->row[r] + 2 * c);
-                __m512i b = _mm512_loadu_si512(src->row[r + 1] + 2 * c);
-                _mm512_storeu_si512(dst + 2 * c, _mm512_permutex2var_epi16(a, low, b));
-                _mm512_storeu_si512(dst + 2 * c + 32, _mm512_permutex2var_epi16(a, high, b));
-            }
-        for (; c < ld; c++) {
-            dst[2 * c] = half_at(src, r, c);
-            dst[2 * c + 1] = half_at(src, r + 1, c);
+        fetch_ahead(src, odd ? r + 1 : r);
+        for (int c = 0; c < ld; c += 32) {
+            int n = src->cols - c;
+            __mmask32 in = src->stride != 2 || n <= 0 ? 0 : n < 32 ? (1u << n) - 1 : ~0u;
+            __m512i a = _mm512_maskz_loadu_epi16(even ? in : 0, even + 2 * c);
+            __m512i b = _mm512_maskz_loadu_epi16(odd ? in : 0, odd + 2 * c);
+            _mm512_storeu_si512(dst + 2 * c, _mm512_permutex2var_epi16(a, low, b));
+            if (c + 16 < ld) _mm512_storeu_si512(dst + 2 * c + 32, _mm512_permutex2var_epi16(a, high, b));
         }
+        if (src->stride != 2)
+            for (int c = 0; c < src->cols; c++) {
+                dst[2 * c] = half_at(src, r, c);
+                dst[2 * c + 1] = half_at(src, r + 1, c);
+            }
     }
 }
 static int right_finite(const void *b_, ptrdiff_t ld, int rows, int cols) {
@@ -202,12 +204,20 @@ static void pack_lanes(void *dst, int panel, const fa_rows *src, int negate) {
                    negate ? (ureal)1 << (8 * sizeof(real) - 1) : 0);
 }
 static void pack_right(void *dst_, ptrdiff_t ld, const fa_rows *src) {
+    const int native = src->dtype == NATIVE && src->stride == sizeof(real) && ld % V_LANES == 0;
     real *dst = dst_;
     for (int r = 0; r < src->rows; r++, dst += ld) {
         int n = src->row[r] ? src->cols : 0;
         fetch_ahead(src, r);
-        if (n) load_row(dst, src->row[r], src->stride, n, src->dtype);
-        memset(dst + n, 0, (size_t)(ld - n) * sizeof(real));
+        if (native) {
+            const real *row = (const real *)src->row[r];
+            int c = 0;
+            for (; c + V_LANES <= n; c += V_LANES) v_storeu(dst + c, v_loadu(row + c));
+            for (; c < ld; c += V_LANES) v_storeu(dst + c, c < n ? v_load_part(row + c, n - c) : (vr){});
+        } else {
+            if (n) load_row(dst, src->row[r], src->stride, n, src->dtype);
+            memset(dst + n, 0, (size_t)(ld - n) * sizeof(real));
+        }
     }
 }
 static void pack_left(void *dst, ptrdiff_t ld, const fa_rows *src) { pack_right(dst, ld, src); }

@@ -76,6 +76,17 @@ typedef __m128 v_x86;
 #endif
 #endif
 
+// The first n < V_LANES of a vector, and zeros.
+INLINE vr v_load_part(const real *p, int n) {
+#ifdef __AVX512F__
+    return (vr)V_X86(maskz_loadu)((1u << n) - 1, p);
+#else
+    real part[V_LANES] = {0};
+    memcpy(part, p, (size_t)n * sizeof(real));
+    return v_loadu(part);
+#endif
+}
+
 // Both return b where either is NaN: with the running value as a, a NaN score may be lost
 // from a maximum (its sum still carries it); with a bound as a, a NaN comes through.
 INLINE vr v_max(vr a, vr b) {
