@@ -22,7 +22,8 @@
 
 // Query rows and keys of a tile: anything from 96 to 384 is within 3 % on Zen 5, as long as the
 // tiles stay in the second level of the cache. With AVX-512 on Zen 4 the forward gains 1 to 5 % from
-// 128 to 256 keys, and 0 to 1 % from there to 512.
+// 128 to 256 keys, and 0 to 1 % from there to 512; in the backward 128 or 192 rows (fill_job) by 96 to
+// 256 keys are alike.
 #ifndef FA_BR
 #define FA_BR 128
 #ifdef __AVX512F__
@@ -862,6 +863,7 @@ static int backward_plain(const fa_backward_tile *x, int panel, int keys) {
 #else
 // The last chain of the scores and backward_tile in one, where that is all there is to do: P and dS
 // come straight from the registers. The same operations on each element, so the same bits.
+// (dP in registers too leaves room for half the keys: 1 to 6 % slower on Zen 4.)
 // Returns the lowest of `lowest` and the scores.
 INLINE vr plain_tile(const int MR, const int NR, const fa_backward_tile *x, int row, int depth,
                      vr lowest) {
