@@ -59,6 +59,10 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         void *row_max
         void *row_sum
         void *row_lost
+    ctypedef struct fa_fetch:
+        const char *row
+        ptrdiff_t step
+        int32_t rows, bytes
     ctypedef struct fa_product:
         void *c
         ptrdiff_t ldc
@@ -71,15 +75,13 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         const int32_t *row_start
         const int32_t *row_end
         int32_t cold
+        fa_fetch *fetch
+        int32_t fetches, fetch_rows
     ctypedef struct fa_selection:
         const uint32_t *keep
         ptrdiff_t ld
         int32_t keys, panel, rows_are_keys
         void *scratch
-    ctypedef struct fa_fetch:
-        const char *row
-        ptrdiff_t step
-        int32_t rows, bytes
     ctypedef struct fa_backward_tile:
         void *s
         void *dp

@@ -9,34 +9,63 @@
 cdef enum:
     USUAL, SELECTING, SCALED, CARES
 
-cdef void forward_block(const Job *job, Workspace *ws, int64_t item, const void *team) noexcept nogil:
-    cdef int64_t heads = job.batch * job.Hkv, block, kv_head, unit = item // job.chunks
-    cdef int64_t chunk = item % job.chunks, per_head = job.blocks // ceil_div(job.group, job.stack), head0
-    cdef int stacked, n, care, r
-    item = unit
+cdef Block block_at(const Job *job, int64_t unit) noexcept nogil:
+    cdef int64_t heads = job.batch * job.Hkv, per_head = job.blocks // ceil_div(job.group, job.stack), block
+    cdef Block found
     # Under a causal bound later blocks are longer: those of all heads come first.
     if job.bounded_right:
-        block = job.blocks - 1 - item // heads
-        item %= heads
+        block = job.blocks - 1 - unit // heads
+        unit %= heads
     else:
-        block = item % job.blocks
-        item //= job.blocks
-    kv_head = item % job.Hkv
-    head0 = kv_head * job.group + block // per_head * job.stack
-    stacked = <int> min(job.stack, (kv_head + 1) * job.group - head0)
-    n = <int> job.Lq if job.stack > 1 else <int> min(job.Br, job.Lq - block % per_head * job.Br)
-    set_rows(job, ws, item // job.Hkv, head0, stacked, block % per_head * job.Br, n)
+        block = unit % job.blocks
+        unit //= job.blocks
+    found.b = unit // job.Hkv
+    found.kv_head = unit % job.Hkv
+    found.head = found.kv_head * job.group + block // per_head * job.stack
+    found.heads = <int> min(job.stack, (found.kv_head + 1) * job.group - found.head)
+    found.row = block % per_head * job.Br
+    found.rows = <int> job.Lq if job.stack > 1 else <int> min(job.Br, job.Lq - found.row)
+    return found
+
+cdef void forward_block(const Job *job, Workspace *ws, int64_t item, const void *more) noexcept nogil:
+    cdef const Team *team = <const Team *> more
+    cdef int64_t unit = item // job.chunks
+    cdef Block block = block_at(job, unit)
+    cdef int64_t kv_head = block.kv_head
+    cdef int care, r
+    set_rows(job, ws, block.b, block.head, block.heads, block.row, block.rows)
     set_spans(job, ws)
+    ws.fetches = 0
+    if job.wants_next and unit + team.size < job.batch * job.Hkv * job.blocks:
+        block = block_at(job, unit + team.size)
+        want_block(job, ws, &block)
     pack_queries(job, ws)
     for r in range(ws.rows):
         ws.settled[r] = False
     if job.chunks > 1:
-        forward_chunk(job, ws, kv_head, unit, chunk, <const Team *> team)
+        forward_chunk(job, ws, kv_head, unit, item % job.chunks, team)
         return
     for care in range(CARES):
         attend(job, ws, kv_head, care, 0, job.Lk)
         if finish_rows(job, ws, care):
             return
+
+# Rows of q (of one head), k and v that a block will read are fetched while the one at hand is computed.
+cdef void want_block(const Job *job, Workspace *ws, const Block *block) noexcept nogil:
+    cdef char *q = at(job, &job.q, block.b, block.head) + block.row * job.q.row
+    ws.fetch[0] = wanted_rows(&job.q, q, block.rows, job.D)
+    ws.fetch[1] = wanted_rows(&job.k, at(job, &job.k, block.b, block.kv_head), job.Lk, job.D)
+    ws.fetch[2] = wanted_rows(&job.v, at(job, &job.v, block.b, block.kv_head), job.Lk, job.Dv)
+    ws.fetches = 3
+    ws.fetch_rows = <int> ceil_div(max(block.rows, job.Lk), ceil_div(ws.rows, job.kernels.MR))
+
+cdef fa_fetch wanted_rows(const Array *a, char *base, int64_t rows, int cols) noexcept nogil:
+    cdef fa_fetch wanted
+    wanted.row = base
+    wanted.step = a.row
+    wanted.rows = <int32_t> rows
+    wanted.bytes = <int32_t> (cols * a.col)
+    return wanted
 
 cdef void pack_queries(const Job *job, Workspace *ws) noexcept nogil:
     cdef fa_rows rows
@@ -189,6 +218,9 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
             x.row_start = NULL
             x.row_end = ws.row_depth
             x.cold = False
+            x.fetch = ws.fetch
+            x.fetches = ws.fetches
+            x.fetch_rows = ws.fetch_rows
             if care == USUAL or kr.right_finite(ws.v_right, ws.ldv, ceil_div(k1 - k0, kr.pair), job.Dv_cols):
                 kr.accumulate(&x)
             else:

@@ -6,6 +6,8 @@
 cdef enum:
     MAX_LEAD = 64
     CHUNK = 512  # keys of a chunk, at least
+    WANTED_KEYS = 256  # of the next heads, with that many columns: within the second level of cache
+    WANTED_COLUMNS = 256
     SEEN_KEYS = 128  # of a tile that a mask or segments may leave empty
     MAX_CHUNKS = 64
     EMPTY, PARTIAL, FULL
@@ -45,6 +47,7 @@ cdef struct Job:
     int ahead                  # rows of k and v to fetch ahead where few rows of q stream them
     int64_t chunk, chunks      # keys are cut into chunks whose results are merged in order
     bint k_in_place, v_in_place
+    bint wants_next            # short sequences: the next ones are fetched while these are computed
     # backward
     bint is_backward
     double *dsink_rows         # (Hq, batch, Lq) or NULL
@@ -54,6 +57,11 @@ cdef struct Job:
 cdef struct Span:
     int64_t first, end, all_from, all_to
     int64_t low_segment, high_segment
+
+# Query rows [row, row + rows) of a few heads that share a key head.
+cdef struct Block:
+    int64_t b, kv_head, head, row
+    int heads, rows
 
 # One thread's memory. Arrays over rows have an entry for every lane of the block's panels.
 cdef struct Workspace:
@@ -283,6 +291,9 @@ cdef bint lies_whole(const Job *job, const Array *a, int cols) noexcept nogil:
     return (a.dtype == native and a.col == kr.unit_bytes // kr.pair and a.row % kr.unit_bytes == 0
             and cols % kr.pair == 0)
 
+cdef inline bint lies_side_by_side(const Array *a) noexcept nogil:
+    return a.col == (8 if a.dtype == FA_F64 else 4 if a.dtype == FA_F32 else 2)
+
 cdef void fill_job(Job *job, problem, bint backward) except *:
     cdef const fa_kernels *kr
     cdef int axis, lanes, rows
@@ -362,6 +373,9 @@ cdef void fill_job(Job *job, problem, bint backward) except *:
     if not backward and job.Lq <= job.Br and job.Lk >= 2 * CHUNK:
         job.chunk = max(CHUNK, ceil_div(ceil_div(job.Lk, MAX_CHUNKS), job.Bc) * job.Bc)
     job.chunks = max(1, ceil_div(job.Lk, job.chunk))
+    job.wants_next = (not backward and not job.few and job.chunks == 1 and job.Lk <= WANTED_KEYS
+                      and job.D + job.Dv <= WANTED_COLUMNS and lies_side_by_side(&job.q)
+                      and lies_side_by_side(&job.k) and lies_side_by_side(&job.v))
     job.k_in_place = lies_whole(job, &job.k, job.D) and job.D_units == query_ld(job)
     # v is a right operand forward (whole vectors), a left one backward.
     job.v_in_place = lies_whole(job, &job.v, job.Dv) and (

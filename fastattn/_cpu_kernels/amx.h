@@ -122,6 +122,7 @@ static void accumulate(const fa_product *x) {
     for (int row = 0; row < x->rows; row += RUN_UNITS) {
         int rows = x->rows - row < RUN_UNITS ? x->rows - row : RUN_UNITS, start = 0, end = x->depth;
         real *c = (real *)x->c + row * x->ldc;
+        fetch_some(x->fetch, x->fetches, (rows + ACCUMULATE_MR - 1) / ACCUMULATE_MR * x->fetch_rows);
         if (x->row_end) {
             end = 0;
             for (int i = row; i < row + rows; i++) end = x->row_end[i] > end ? x->row_end[i] : end;

@@ -70,6 +70,13 @@ typedef struct {
     void *row_max, *row_sum, *row_lost;  // a real for each row, whole vectors
 } fa_partial;
 
+// Rows that are wanted soon.
+typedef struct {
+    const char *row;
+    ptrdiff_t step;
+    int32_t rows, bytes;  // rows left; bytes of each
+} fa_fetch;
+
 // C[rows][cols] += A[rows][depth] B[depth][cols], after C's rows were multiplied by alpha where
 // it is given; strides in units (C's and alpha's in reals).
 typedef struct {
@@ -83,6 +90,8 @@ typedef struct {
     const void *alpha;          // one a row, or NULL
     const int32_t *row_start, *row_end;  // part of each row's depth (the rest is excluded), or NULL
     int32_t cold;               // C is likely to be outside the cache
+    fa_fetch *fetch;            // of each of these so many rows are fetched for every MR rows of C
+    int32_t fetches, fetch_rows;
 } fa_product;
 
 // Which pairs of a product take part, for accumulate_selected.
@@ -93,13 +102,6 @@ typedef struct {
     int32_t rows_are_keys;  // the product's rows are keys and its depth queries, or the reverse
     void *scratch;          // depth x cols units
 } fa_selection;
-
-// Rows that are wanted soon.
-typedef struct {
-    const char *row;
-    ptrdiff_t step;
-    int32_t rows, bytes;  // rows left; bytes of each
-} fa_fetch;
 
 // From a tile of scores and of dP = V dO^T to P and dS.
 typedef struct {

@@ -536,6 +536,7 @@ static void accumulate(const fa_product *x) {
                     for (int i = row; i < row + n; i++)
                         if (x->row_start[i] < start) start = x->row_start[i];
                 }
+                if (col == 0) fetch_some(x->fetch, x->fetches, x->fetch_rows);
                 table[t].run[n - 1](x, row, col, start, end);
                 row += n;
             }
@@ -577,6 +578,7 @@ static void accumulate_selected(const fa_product *x, const fa_selection *which) 
         one.rows = 1;
         one.alpha = x->alpha ? (const real *)x->alpha + row : 0;
         one.row_start = one.row_end = 0;
+        one.fetches = 0;
         accumulate(&one);
     }
 }
