@@ -21,12 +21,12 @@
 #include "vec.h"
 
 // Query rows and keys of a tile: anything from 96 to 384 is within 3 % on Zen 5, as long as the
-// tiles stay in the second level of the cache. With AVX-512 on Zen 4 the forward gains 1 to 5 % from
-// 128 to 256 keys, and 0 to 1 % from there to 512; in the backward 128 or 192 rows (fill_job) by 96 to
-// 256 keys are alike.
+// tiles stay in the second level of the cache. On Zen 4 the forward gains 1 to 5 % (by AVX2 4 to 6 %)
+// from 128 to 256 keys, and 0 to 1 % from there to 512; in the backward 128 or 192 rows (fill_job) by
+// 96 to 256 keys are alike.
 #ifndef FA_BR
 #define FA_BR 128
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #define FA_BC 256
 #else
 #define FA_BC 128
