@@ -233,8 +233,9 @@ INLINE vr v_round_pow2(vr x, vr *pow2) {
     *pow2 = (vr)(((vi)t + V_BIAS) << V_MANTISSA);
     return t - v_set1(V_MAGIC);
 }
-// 2^(c x) for c x <= 0, c > 0: exactly 1 at 0 and exactly 0 at -inf; NaN comes through. f is taken
-// from x itself, so that the rounding of c x does not count.
+// 2^(c x) for c x <= 0, c > 0: exactly 1 at 0 and exactly 0 at -inf, where it would be subnormal
+// anything between 0 and the least normal number; NaN comes through. f is taken from x itself, so
+// that the rounding of c x does not count.
 #if defined(__AVX512F__)
 // Two registers hold a table of 2^(i / V_STEPS), a step of V_STEPS to the unit leaves |f| so small that
 // few terms suffice: 1 + f q(f) to 5.3e-8 for float, 7e-18 for double. An entry lacks the i that is
