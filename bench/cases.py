@@ -4,7 +4,7 @@ A shape file holds one case per line::
 
     B  Hq  Hkv  Lq  Lk  D[/Dv]  full|causal  [option]    # where the case comes from
 
-An option (`gpu_exact.py` has their list) excludes pairs or changes scores; only `--gpu` times it.
+An option (`options.py` has their list) excludes pairs or changes scores.
 Work is counted by the conventions of the FlashAttention papers:
 
 * forward   2 Lq Lk (D + Dv) floating-point operations per head (two matrix products),
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,13 @@ class Case:
     def is_decode(self) -> bool:
         """One query and no gradient: a matter of bandwidth."""
         return self.Lq == 1 and self.direction == "forward"
+
+    @property
+    def yardstick(self) -> str:
+        """What rates are measured against."""
+        if self.option:
+            return "plain case"
+        return "reading memory" if self.is_decode else "measured peak"
 
     @property
     def unit(self) -> str:
@@ -142,9 +150,30 @@ def input_shapes(case: Case) -> list[tuple[int, ...]]:
     return shapes
 
 
-def make_inputs(case: Case, seed: int = 0) -> list[np.ndarray]:
-    """q, k, v and, for the backward, dout: standard normal, the same for the same seed."""
-    rng = np.random.default_rng(seed)
-    dtype = numpy_dtype(case.dtype)
-    normal = (rng.standard_normal(shape, dtype=np.float32) for shape in input_shapes(case))
-    return [array.astype(dtype, copy=False) for array in normal]
+def make_inputs(case: Case, seed: int = 0, xp: Any = np) -> list[Any]:
+    """q, k, v and, for the backward, dout: standard normal, the same for the same seed.
+
+    `xp` is the library that makes them, NumPy or CuPy.
+    """
+    rng = xp.random.default_rng(seed)
+    normal = (rng.standard_normal(shape, dtype=xp.float32) for shape in input_shapes(case))
+    return [narrow(array, case.dtype) for array in normal]
+
+
+def narrow(array: Any, dtype: str) -> Any:
+    """A float32 array in another dtype, rounded to nearest even.
+
+    CuPy knows few operations on bfloat16, so here and in `widen` the bits are converted.
+    """
+    if dtype != "bfloat16":
+        return array.astype(dtype, copy=False)
+    bits = array.view(np.uint32)
+    bits = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return (bits >> np.uint32(16)).astype(np.uint16).view(numpy_dtype("bfloat16"))
+
+
+def widen(array: Any) -> Any:
+    """The array in float64."""
+    if array.dtype == numpy_dtype("bfloat16"):
+        array = (array.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return array.astype(np.float64)

@@ -20,7 +20,8 @@ are medians over the rounds: of the rate, of the share (rate / live peak of that
 ratio between two candidates (within a round).  Inputs are prepared before; outputs are allocated by
 each library as it usually does, within the call, and freed after.  Inputs are warm in the caches if
 they fit; `--cold` rotates copies that do not.  Work is counted as ``cases.py`` says.  Decode is
-compared with the rate of plainly reading memory.
+compared with the rate of plainly reading memory, a case with an option with ours without it: 100%
+is then a time in proportion to the pairs left.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import argparse
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -37,9 +39,10 @@ import accuracy
 import gpu
 import machine
 import memory
-from cases import DTYPES, Case, load_shapes
+from cases import DTYPES, Case, load_shapes, make_inputs
 from checks import BOUNDS, exact_results, sample_groups, worst_error
 from gpu_peers import GPU_PEERS
+from options import make_option, pairs_left
 from peers import PEERS
 from report import Measurement, markdown, plot, rate_tables, write_json
 from workers import Meter, Runner, Worker, WorkerError
@@ -133,6 +136,7 @@ def compare(options: argparse.Namespace) -> dict[str, object]:
     ]
     workers = start_workers(options)
     meter = Worker(Meter, environment("fastattn", options), options.threads)
+    plain = Worker(Runner, environment("fastattn", options), "fastattn", options.threads)
     about = {name: _answer(worker, "about") for name, worker in workers.items()}
     print_heading(options, about)
 
@@ -140,11 +144,11 @@ def compare(options: argparse.Namespace) -> dict[str, object]:
     measurements: list[Measurement] = []
     for number, case in enumerate(cases, start=1):
         start = time.perf_counter()
-        measurements += measure(case, workers, meter, options, order)
+        measurements += measure(case, workers, meter, plain, options, order)
         label = f"{case.direction} {case.dtype} {case.shape}"
         seconds = time.perf_counter() - start
         print(f"[{number}/{len(cases)}] {label}: {seconds:.1f} s", file=sys.stderr)
-    for worker in (*workers.values(), meter):
+    for worker in (*workers.values(), meter, plain):
         worker.close()
 
     print(rate_tables(measurements))
@@ -173,13 +177,16 @@ def measure(
     case: Case,
     workers: dict[str, Worker],
     meter: Worker,
+    plain: Worker,
     options: argparse.Namespace,
     order: random.Random,
 ) -> list[Measurement]:
     """Check and time every candidate that serves the case."""
     wanted = {name: worker for name, worker in workers.items() if PEERS[name].serves(case)}
+    option = make_option(case, options.seed)
+    exact = exact_results(case, make_inputs(case, options.seed), option)
+    case = replace(case, kept=pairs_left(case, option))
     results = {name: Measurement(case, name) for name in wanted}
-    exact = exact_results(case, options.seed)
     for name, worker in wanted.items():
         result = results[name]
         try:
@@ -191,17 +198,29 @@ def measure(
             result.status = "ERROR"
             print(f"{name}: {error}", file=sys.stderr)
 
-    kind = "read" if case.is_decode else PEAK_KIND.get(case.dtype, case.dtype)
+    yardstick = yardstick_of(case, meter, plain, options)
     running = [name for name in wanted if results[name].status == "ok"]
     for _ in range(options.rounds):
         for name in order.sample(running, len(running)):
             seconds = wanted[name].call("time", options.slot)
             results[name].seconds.append(median(seconds))
             results[name].fastest = min(results[name].fastest, *seconds)
-            results[name].peaks.append(meter.call("peak", kind, PEAK_SECONDS))
-    for worker in wanted.values():
+            results[name].peaks.append(yardstick())
+    for worker in (*wanted.values(), plain):
         _answer(worker, "release")
     return list(results.values())
+
+
+def yardstick_of(
+    case: Case, meter: Worker, plain: Worker, options: argparse.Namespace
+) -> Callable[[], float | None]:
+    """Measures what the case's rates are held against."""
+    if case.option:
+        without = replace(case, option="", kept=1.0)
+        plain.call("prepare", without, options.seed, copies_of(case, options))
+        return lambda: without.work / median(plain.call("time", options.slot))
+    kind = "read" if case.is_decode else PEAK_KIND.get(case.dtype, case.dtype)
+    return lambda: meter.call("peak", kind, PEAK_SECONDS)
 
 
 def copies_of(case: Case, options: argparse.Namespace) -> int:

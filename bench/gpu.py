@@ -1,7 +1,7 @@
 """`compare.py --gpu`: the public functions on CuPy arrays beside PyTorch's backends.
 
 How it is measured.  All candidates live in this process, on one stream, and read the same memory.
-Each is first held against float64 (``gpu_exact.py``); one that is wrong prints FAIL and is not
+Each is first held against float64 (``checks.py``); one that is wrong prints FAIL and is not
 timed.  After a warm-up come rounds: in each, every candidate in random order has a sample of
 `--slot` seconds of calls back to back between two CUDA events, and so has the yardstick, for the
 power limit moves the clock with whatever else is running.  The figures are medians over the rounds:
@@ -32,12 +32,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import gpu_exact
 import gpu_host
 import machine
-from cases import Case, load_shapes
-from checks import BOUNDS, worst_error
+from cases import Case, load_shapes, make_inputs, narrow
+from checks import BOUNDS, exact_results, heads_of, sample_groups, worst_error
 from gpu_peers import GPU_PEERS, Fastattn, as_tensor, capture, torch_with_cuda
+from options import Option, make_option, pairs_left
 from peers import Peer
 from report import OURS, Measurement, compact_tables, duration
 
@@ -170,17 +170,17 @@ def measure(
     """Check and time every candidate that serves the case."""
     import cupy as cp
 
-    copies = [gpu_exact.make_inputs(case, options.seed + n) for n in range(copies_of(case))]
-    option = gpu_exact.make_option(case, options.seed)
-    exact = gpu_exact.exact_results(case, copies[0], option)
-    case = replace(case, kept=gpu_exact.pairs_left(case, option))
+    copies = [make_inputs(case, options.seed + n, cp) for n in range(copies_of(case))]
+    option = make_option(case, options.seed, cp)
+    exact = exact_results(case, copies[0], option, cp)
+    case = replace(case, kept=pairs_left(case, option, cp))
     results = {name: Measurement(case, name) for name, peer in peers.items() if peer.serves(case)}
     calls: dict[str, Call] = {}
     weights: dict[str, int] = {}  # problems that one call solves
     for name, result in results.items():
         try:
             bind = getattr(peers[name], case.direction)
-            bound = [bind(case, *inputs, option=option) for inputs in copies]
+            bound = [bind(case, *inputs, option) for inputs in copies]
             check(case, peers[name], bound[0], exact, result, remarks)
             if result.status != "ok":
                 continue
@@ -218,10 +218,10 @@ def check(
     first = as_tuple(call())
     groups = [
         [
-            peer.to_numpy(gpu_exact.heads_of(case, array, *group))
+            peer.to_numpy(heads_of(case, array, *group))
             for array in first[: 3 if case.direction == "backward" else 1]
         ]
-        for group in gpu_exact.groups_of(case)
+        for group in sample_groups(case)
     ]
     result.error = worst_error(groups, exact)
     label = f"{result.candidate}, {case.direction} {case.dtype} {case.shape}"
@@ -269,7 +269,7 @@ def _yardsticks(case: Case, copies: list[list[Any]]) -> dict[str, Call]:
     """What the candidates are measured against; the fastest of each round counts."""
     if case.option:
         plain = replace(case, option="", kept=1.0)
-        return {YARDSTICK: getattr(Fastattn(1), case.direction)(plain, *copies[0])}
+        return {YARDSTICK: getattr(Fastattn(1), case.direction)(plain, *copies[0], Option())}
     if case.is_decode:
         return dict(_reads(copies))
     return {YARDSTICK: gemm()}
@@ -301,7 +301,7 @@ def gemm() -> Call:
         a, b = a.astype(cp.float16), b.astype(cp.float16)
         product, out = cp.matmul, cp.empty_like(a)
     else:
-        a, b = (as_tensor(gpu_exact.narrow(x, "bfloat16")) for x in (a, b))
+        a, b = (as_tensor(narrow(x, "bfloat16")) for x in (a, b))
         product, out = torch.mm, a.new_empty(shape)
     return lambda: product(a, b, out=out)
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cases import Case, numpy_dtype
-from gpu_exact import Option, widen
+from cases import Case, numpy_dtype, widen
 from peers import ALL_DTYPES, Peer
 
 SHORT_DTYPES = ("float16", "bfloat16")
@@ -47,16 +46,15 @@ class Fastattn(Peer):
     def serves(cls, case):
         return case.dtype in getattr(cls, f"{case.direction}_dtypes")
 
-    def forward(self, case, q, k, v, option=None):
+    def forward(self, case, q, k, v, option):
         from fastattn.attention import attention_forward
 
-        arguments = (option or Option()).arguments
+        arguments = option.arguments
         return lambda: attention_forward(q, k, v, **arguments).out
 
-    def backward(self, case, q, k, v, dout, option=None):
+    def backward(self, case, q, k, v, dout, option):
         from fastattn.attention import attention_backward, attention_forward
 
-        option = option or Option()
         arguments = option.arguments
         out, lse = attention_forward(q, k, v, **arguments)
         arguments = arguments | {"wrt": option.wrt, "deterministic": self.deterministic}
@@ -124,11 +122,11 @@ class TorchBackend(Peer):
         torch = self.torch
         return {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
 
-    def forward(self, case, q, k, v, option=None):
+    def forward(self, case, q, k, v, option):
         q, k, v = (as_tensor(array) for array in (q, k, v))
         return lambda: self._forward(case, q, k, v, False)[0]
 
-    def backward(self, case, q, k, v, dout, option=None):
+    def backward(self, case, q, k, v, dout, option):
         q, k, v, dout = (as_tensor(array) for array in (q, k, v, dout))
         saved = self._forward(case, q, k, v, True)
         return lambda: self._backward(case, dout, q, k, v, saved)[:3]

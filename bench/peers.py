@@ -2,10 +2,10 @@
 
 Every class has ``available()``, ``version()``, ``serves(case)`` and
 
-* ``forward(case, q, k, v)``           -> a function without arguments that computes ``out``,
-* ``backward(case, q, k, v, dout)``    -> one that computes ``(dq, dk, dv)``, and only that: the
-  forward it needs has been done already,
-* ``to_numpy(result)``                 -> the arrays of such a result.
+* ``forward(case, q, k, v, option)``        -> a function without arguments that computes ``out``,
+* ``backward(case, q, k, v, dout, option)`` -> one that computes ``(dq, dk, dv)``, and only that:
+  the forward it needs has been done already,
+* ``to_numpy(result)``                      -> the arrays of such a result.
 
 What the returned function does is what gets timed.  Inputs have been converted before; results
 are allocated by each library in its own usual way, and inside the timed call.  Each class lives
@@ -26,8 +26,16 @@ from typing import Any
 import numpy as np
 
 from cases import Case, numpy_dtype
+from options import Option, as_mask
 
 ALL_DTYPES = ("float16", "bfloat16", "float32", "float64")
+MASKS = ("kv_lens", "window", "segments", "mask", "bias", "alibi")  # options that are one mask
+ALL_OPTIONS = (*MASKS, "lens", "dbias", "softcap", "sinks", "dropout")
+MaskType = tuple[np.dtype, tuple[int, ...]]  # dtype and shape
+
+
+def mask_type(mask: np.ndarray | None) -> MaskType | None:
+    return None if mask is None else (mask.dtype, mask.shape)
 
 
 class Peer:
@@ -38,6 +46,7 @@ class Peer:
     forward_dtypes: tuple[str, ...] = ()
     backward_dtypes: tuple[str, ...] = ()
     grouped_heads = True
+    options: tuple[str, ...] = ()
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -58,7 +67,8 @@ class Peer:
     def serves(cls, case: Case) -> bool:
         dtypes = getattr(cls, f"{case.direction}_dtypes")
         served = case.dtype in dtypes and (cls.grouped_heads or case.Hq == case.Hkv)
-        return served and not case.option
+        option = case.option.partition("=")[0]
+        return served and (not option or option in cls.options)
 
     @staticmethod
     def environment(threads: int) -> dict[str, str]:
@@ -70,10 +80,10 @@ class Peer:
             "MKL_NUM_THREADS": str(threads),
         }
 
-    def forward(self, case: Case, q, k, v) -> Callable[[], Any]:
+    def forward(self, case: Case, q, k, v, option: Option) -> Callable[[], Any]:
         raise NotImplementedError
 
-    def backward(self, case: Case, q, k, v, dout) -> Callable[[], Any]:
+    def backward(self, case: Case, q, k, v, dout, option: Option) -> Callable[[], Any]:
         raise NotImplementedError
 
     def to_numpy(self, result: Any) -> list[np.ndarray]:
@@ -87,6 +97,7 @@ class Fastattn(Peer):
     packages = ("fastattn",)
     forward_dtypes = ALL_DTYPES
     backward_dtypes = ALL_DTYPES
+    options = ALL_OPTIONS
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -105,17 +116,19 @@ class Fastattn(Peer):
 
         return {"configuration": fastattn.show_config("dicts")}
 
-    def forward(self, case, q, k, v):
+    def forward(self, case, q, k, v, option):
         from fastattn import scaled_dot_product_attention
 
-        options = {"is_causal": case.causal, "enable_gqa": case.Hq != case.Hkv}
-        return lambda: scaled_dot_product_attention(q, k, v, **options)
+        arguments = option.arguments | {"enable_gqa": case.Hq != case.Hkv}
+        return lambda: scaled_dot_product_attention(q, k, v, **arguments)
 
-    def backward(self, case, q, k, v, dout):
+    def backward(self, case, q, k, v, dout, option):
         from fastattn.attention import attention_backward, attention_forward
 
-        out, lse = attention_forward(q, k, v, is_causal=case.causal)
-        return lambda: attention_backward(dout, q, k, v, out, lse, is_causal=case.causal)[:3]
+        arguments = option.arguments
+        out, lse = attention_forward(q, k, v, **arguments)
+        arguments = arguments | {"wrt": option.wrt}
+        return lambda: attention_backward(dout, q, k, v, out, lse, **arguments)[:3]
 
 
 class Numpy(Peer):
@@ -140,12 +153,12 @@ class Numpy(Peer):
         p /= p.sum(axis=-1, keepdims=True)
         return p
 
-    def forward(self, case, q, k, v):
+    def forward(self, case, q, k, v, option):
         # The query heads of one kv head are rows of one matrix, where heads are grouped.
         rows = q.reshape(case.B, case.Hkv, -1, case.D)
         return lambda: (self._probabilities(case, rows, k) @ v).reshape(*q.shape[:3], case.Dv)
 
-    def backward(self, case, q, k, v, dout):
+    def backward(self, case, q, k, v, dout, option):
         p = self._probabilities(case, q, k)
         delta = (dout * (p @ v)).sum(axis=-1, keepdims=True)
         del p
@@ -174,6 +187,7 @@ class Torch(Peer):
     packages = ("torch",)
     forward_dtypes = ALL_DTYPES
     backward_dtypes = ALL_DTYPES
+    options = MASKS
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -187,16 +201,22 @@ class Torch(Peer):
             return self.torch.from_numpy(array.view(np.int16)).view(self.torch.bfloat16)
         return self.torch.from_numpy(array)
 
-    def forward(self, case, q, k, v):
-        options = {"is_causal": case.causal, "enable_gqa": case.Hq != case.Hkv}
-        attention = self.torch.nn.functional.scaled_dot_product_attention
-        q, k, v = map(self._tensor, (q, k, v))
-        return lambda: attention(q, k, v, **options)
+    def _arguments(self, case: Case, option: Option) -> dict[str, Any]:
+        arguments = {"is_causal": case.causal, "enable_gqa": case.Hq != case.Hkv}
+        if case.option:
+            arguments["attn_mask"] = self._tensor(as_mask(case, option))
+        return arguments
 
-    def backward(self, case, q, k, v, dout):
+    def forward(self, case, q, k, v, option):
+        attention = self.torch.nn.functional.scaled_dot_product_attention
+        arguments = self._arguments(case, option)
+        q, k, v = map(self._tensor, (q, k, v))
+        return lambda: attention(q, k, v, **arguments)
+
+    def backward(self, case, q, k, v, dout, option):
         inputs = [self._tensor(array).requires_grad_() for array in (q, k, v)]
-        options = {"is_causal": case.causal, "enable_gqa": case.Hq != case.Hkv}
-        out = self.torch.nn.functional.scaled_dot_product_attention(*inputs, **options)
+        attention = self.torch.nn.functional.scaled_dot_product_attention
+        out = attention(*inputs, **self._arguments(case, option))
         dout = self._tensor(dout)
         return lambda: self.torch.autograd.grad(out, inputs, dout, retain_graph=True)
 
@@ -226,16 +246,19 @@ class OnnxRuntime(Peer):
         return array
 
     @functools.cache  # noqa: B019  (a peer lives as long as its process)
-    def _session(self, case: Case):
+    def _session(self, case: Case, mask: MaskType | None):
         import onnxruntime
         from onnx import helper
 
-        element = helper.np_dtype_to_tensor_dtype(numpy_dtype(case.dtype))
-        q, k, v, out = (
-            helper.make_tensor_value_info(name, element, shape)
-            for name, shape in self._shapes(case).items()
+        dtype = numpy_dtype(case.dtype)
+        tensors = {name: (dtype, shape) for name, shape in self._shapes(case).items()}
+        if mask:
+            tensors["attn_mask"] = mask
+        *inputs, out = (
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), shape)
+            for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: item[0] == "out")
         )
-        graph = helper.make_graph([self._node(case)], "attention", [q, k, v], [out])
+        graph = helper.make_graph([self._node(case)], "attention", inputs, [out])
         opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         options = onnxruntime.SessionOptions()
@@ -244,13 +267,19 @@ class OnnxRuntime(Peer):
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
 
-    def forward(self, case, q, k, v):
+    def forward(self, case, q, k, v, option):
         from onnxruntime import OrtValue
 
-        session = self._session(case)
+        mask = as_mask(case, option) if case.option else None
+        if mask is not None:  # its rows may not be shared
+            mask = np.repeat(mask, case.Lq // mask.shape[2], axis=2)
+        session = self._session(case, mask_type(mask))
         binding = session.io_binding()
-        for name, array in zip("qkv", (q, k, v), strict=True):
-            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(self._arrange(array)))
+        arrays = {name: self._arrange(array) for name, array in zip("qkv", (q, k, v), strict=True)}
+        if mask is not None:
+            arrays["attn_mask"] = mask
+        for name, array in arrays.items():
+            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
         binding.bind_output("out", "cpu")
 
         def run():
@@ -265,11 +294,13 @@ class OnnxAttention(OnnxRuntime):
 
     name = "ort_attention"
     forward_dtypes = ("float16", "float32")
+    options = MASKS
 
     def _node(self, case):
         from onnx import helper
 
-        return helper.make_node("Attention", ["q", "k", "v"], ["out"], is_causal=int(case.causal))
+        inputs = ["q", "k", "v", "attn_mask"] if case.option else ["q", "k", "v"]
+        return helper.make_node("Attention", inputs, ["out"], is_causal=int(case.causal))
 
     def _shapes(self, case):
         return {
@@ -331,9 +362,10 @@ class OpenVino(Peer):
     packages = ("openvino",)
     forward_dtypes = ("float16", "bfloat16", "float32")
     grouped_heads = False
+    options = MASKS
 
     @functools.cache  # noqa: B019  (a peer lives as long as its process)
-    def _model(self, case: Case):
+    def _model(self, case: Case, mask: MaskType | None):
         import openvino
         from openvino import opset13
 
@@ -342,29 +374,36 @@ class OpenVino(Peer):
         q = opset13.parameter([case.B, case.Hq, case.Lq, case.D], element, "q")
         k = opset13.parameter([case.B, case.Hkv, case.Lk, case.D], element, "k")
         v = opset13.parameter([case.B, case.Hkv, case.Lk, case.Dv], element, "v")
-        out = opset13.scaled_dot_product_attention(q, k, v, causal=case.causal)
+        inputs = [q, k, v]
+        if mask:
+            dtype, shape = mask
+            kind = openvino.Type.boolean if dtype.kind == "b" else element
+            inputs.append(opset13.parameter(shape, kind, "attn_mask"))
+        out = opset13.scaled_dot_product_attention(*inputs, causal=case.causal)
         settings = {
             "INFERENCE_NUM_THREADS": self.threads,
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "bf16" if case.dtype == "bfloat16" else "f32",
         }
-        model = openvino.Model([out], [q, k, v], "attention")
+        model = openvino.Model([out], inputs, "attention")
         return openvino.Core().compile_model(model, "CPU", settings), element
 
-    def forward(self, case, q, k, v):
+    def forward(self, case, q, k, v, option):
         import openvino
 
-        model, element = self._model(case)
+        mask = as_mask(case, option) if case.option else None
+        model, element = self._model(case, mask_type(mask))
         request = model.create_infer_request()
+        arrays = (q, k, v) if mask is None else (q, k, v, mask)
         tensors = []
-        for index, array in enumerate((q, k, v)):
-            if case.dtype == "bfloat16":
+        for index, array in enumerate(arrays):
+            if array.dtype == numpy_dtype("bfloat16"):
                 tensors.append(openvino.Tensor(array.view(np.uint16), array.shape, element))
             else:
                 tensors.append(openvino.Tensor(array, shared_memory=True))
             request.set_input_tensor(index, tensors[-1])
 
-        def run(inputs=(q, k, v, tensors)):  # their memory is shared, not owned, by the request
+        def run(inputs=(arrays, tensors)):  # their memory is shared, not owned, by the request
             request.infer()
             return request.get_output_tensor(0)
 

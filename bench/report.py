@@ -80,7 +80,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def rate_tables(measurements: list[Measurement]) -> str:
     """One table for each shape file, dtype, direction and unit."""
     return "\n\n".join(
-        f"### {title}: {unit} (share of the measured peak)\n\n{_rate_table(group)}"
+        f"### {title}: {unit} (share of the {group[0].case.yardstick})\n\n{_rate_table(group)}"
         for (title, unit), group in grouped(measurements)
     )
 
@@ -126,11 +126,11 @@ def _compact_cell(m: Measurement | None, ours: Measurement | None) -> str:
 
 def grouped(measurements: list[Measurement]):
     """((title, unit), the measurements that belong in one table), in the order measured."""
-    groups: dict[tuple[str, str], list[Measurement]] = {}
+    groups: dict[tuple[str, ...], list[Measurement]] = {}
     for m in measurements:
         title = f"{m.case.family}, {m.case.direction}, {m.case.dtype}"
-        groups.setdefault((title, m.case.unit), []).append(m)
-    return list(groups.items())
+        groups.setdefault((title, m.case.unit, m.case.yardstick), []).append(m)
+    return [((title, unit), group) for (title, unit, _), group in groups.items()]
 
 
 def _rate_table(measurements: list[Measurement]) -> str:
@@ -143,7 +143,8 @@ def _rate_table(measurements: list[Measurement]) -> str:
         row += [_rate_cell(cells[name]) if name in cells else "" for name in names]
         rows.append([*row, *_against_best(cells)])
     times = [f"{OURS} time", f"{OURS} / best other"] if OURS in names else []
-    return markdown(["B, H, Lq, Lk, D", "peak", *names, *times], rows)
+    yardstick = "plain" if measurements[0].case.option else "peak"
+    return markdown(["B, H, Lq, Lk, D", yardstick, *names, *times], rows)
 
 
 def by_shape(measurements: Iterable[Measurement]):
@@ -249,7 +250,7 @@ def _draw_bars(axis, group: list[Measurement], colors: dict[str, str]) -> None:
         axis.bar(positions, heights, width, color=colors[name], label=name)
     for i, (_, ms) in enumerate(shapes):
         if _peak(ms):
-            label = "measured peak" if i == 0 else None
+            label = ms[0].case.yardstick if i == 0 else None
             axis.plot([i - 0.45, i + 0.45], [_peak(ms)] * 2, "k:", label=label)
     labels = [_label(group[0].case) for _, group in shapes]
     axis.set_xticks(range(len(shapes)), labels, fontsize="x-small")

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from cases import Case, make_inputs
+from options import make_option
 from peers import PEERS
 
 MAX_CALLS_PER_SLOT = 64
@@ -127,7 +128,8 @@ class Runner:
         """Make `copies` sets of inputs and results of everything that is not to be timed."""
         self.case = case
         bind = getattr(self.peer, case.direction)
-        self.calls = [bind(case, *make_inputs(case, seed + copy)) for copy in range(copies)]
+        option = make_option(case, seed)
+        self.calls = [bind(case, *make_inputs(case, seed + n), option) for n in range(copies)]
         self.rotation = itertools.cycle(self.calls)
         self.last_seconds = 0.0
 
