@@ -136,6 +136,13 @@ def from_dlpack(name: str, producer: Any, written: bool = False) -> Any:
     producer's read-only flag; CuPy has none, so one to be `written` is a ValueError.
     """
     kind = f"{type(producer).__module__}.{type(producer).__qualname__}"
+    # PyTorch exports the memory of a tensor whose sign is to be turned at each access, such as
+    # x.conj().imag, and says nothing of the sign.
+    is_neg = getattr(producer, "is_neg", None)
+    if callable(is_neg) and is_neg() is True:
+        raise TypeError(
+            f"{name} is a {kind} whose negative bit is set; pass {name}.resolve_neg(), a copy"
+        )
     try:
         device, _ = producer.__dlpack_device__()
         if device in _CUDA_DEVICES:

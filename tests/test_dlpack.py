@@ -465,6 +465,19 @@ class Refusing(Producer):
         raise self.error
 
 
+class Negated(Producer):
+    """PyTorch's x.conj().imag: its memory holds -x, and its export does not say so."""
+
+    def is_neg(self):
+        return True
+
+
+def test_a_sign_that_memory_does_not_hold_is_not_lost():
+    q, k, v = arrays()
+    with pytest.raises(TypeError, match=r"k is a .*Negated whose .* pass k.resolve_neg\(\)"):
+        attention_forward(q, Negated(k), v)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, BufferError, TypeError, ValueError])
 def test_refusal_says_what_helps(error):
     q, k, v = arrays()
