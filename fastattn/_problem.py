@@ -251,8 +251,8 @@ def as_array(name: str, value: Any, written: bool = False) -> Array:
         return value
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
-            f"{name} is a masked array, whose mask would be lost; pass its .data, and what is "
-            "excluded as attn_mask"
+            f"{name} is a masked array, whose mask would be lost; pass {name}.data (what attention "
+            "is to leave out, attn_mask says)"
         )
     if isinstance(value, np.matrix):
         raise TypeError(f"{name} is an np.matrix, which is always 2-D; pass np.asarray({name})")
@@ -329,7 +329,8 @@ def describe(value: Any) -> str:
         return f"{value!r} ({type(value).__name__})"
     if isinstance(value, np.ndarray):
         return f"an array of {_describe_dtype(value.dtype)}, shape {value.shape}"
-    return f"a {type(value).__module__}.{type(value).__qualname__}".replace("builtins.", "")
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _describe_dtype(dtype: np.dtype) -> str:
@@ -438,8 +439,8 @@ def _integers(name: str, value: Any, q_name: str, q: Array) -> Array:
             raise TypeError(f"{expected}, got a sequence of something else: {error}") from None
         if array.size == 0:  # NumPy sees no ints here and calls it float64
             array = array.astype(np.int64)
-        if array.dtype == object and all(type(item) is int for item in array.flat):
-            raise ValueError(f"{name} must fit 64-bit integers, got {max(array.flat, key=abs)}")
+        if array.dtype.kind in "fO":  # also what NumPy calls ints that none of its dtypes holds
+            array = _as_int64(name, value, array)
     else:
         raise TypeError(f"{expected}, got {describe(value)}")
     if array.dtype.kind not in "iu" or not array.dtype.isnative:
@@ -447,6 +448,18 @@ def _integers(name: str, value: Any, q_name: str, q: Array) -> Array:
     if type(array) is np.ndarray and array.dtype == np.uint64:
         _check_range(name, array, 0, (1 << 63) - 1, "to fit a signed 64-bit integer")
     return readable(array)
+
+
+def _as_int64(name: str, value: Any, array: np.ndarray) -> np.ndarray:
+    """An int or a sequence as int64 where all of it is ints, else the array that NumPy made."""
+    items = np.asarray(value, object)
+    if not all(isinstance(i, (int, np.integer)) and type(i) is not bool for i in items.flat):
+        return array
+    try:
+        return items.astype(np.int64)
+    except OverflowError:
+        largest = max(items.flat, key=abs)
+        raise ValueError(f"{name} must fit 64-bit integers, got {largest}") from None
 
 
 def _check_range(name: str, array: np.ndarray, low: int, high: int, meaning: str) -> None:
@@ -512,7 +525,7 @@ def _seed(value: Any, q_name: str, q: Array) -> Array | int:
         if array.size != 1:
             raise ValueError(f"seed must have one element, got shape {array.shape}")
         return readable(array).reshape(1)
-    seed = _index("seed", value)
+    seed = as_int("seed", value)
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
     return seed
@@ -525,7 +538,10 @@ def _window(value: Any) -> tuple[int | None, int | None]:
             "window_size must be a pair (left, right) of ints or None, got "
             f"{value if isinstance(value, (tuple, list)) else describe(value)}"
         )
-    sides = [None if side is None else _index("window_size", side) for side in value]
+    sides = [
+        None if side is None else as_int(f"window_size[{n}]", side, "an int or None")
+        for n, side in enumerate(value)
+    ]
     for side in sides:
         if side is not None and side < 0:
             raise ValueError(
@@ -543,7 +559,7 @@ def _flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _index(name: str, value: Any) -> int:
+def as_int(name: str, value: Any, expected: str = "an int") -> int:
     """An int, or what stands for one; a bool does not, nor what is on a GPU."""
     if type(value) is int:
         return value
@@ -552,12 +568,12 @@ def _index(name: str, value: Any) -> int:
             return operator.index(value)
         except TypeError:
             pass
-    raise TypeError(f"{name} must be an int, got {describe(value)}")
+    raise TypeError(f"{name} must be {expected}, got {describe(value)}")
 
 
 def thread_count(name: str, value: Any) -> int:
     """A number of threads; more than a C int holds is as good as what it holds."""
-    number = _index(name, value)
+    number = as_int(name, value)
     if number < 1:
         raise ValueError(f"{name} must be 1 or more, or None, got {number}")
     return min(number, (1 << 31) - 1)
@@ -589,7 +605,13 @@ def check_outputs(problem: Problem, out: Any, inputs: dict[str, Any]) -> tuple[A
 
     `inputs` are the arguments as they were given, as the problem may hold copies.
     """
-    out, lse = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
+    lse = None
+    if isinstance(out, (tuple, list)):
+        if isinstance(out, list) or len(out) != 2:
+            raise TypeError(
+                f"out must be an array or a tuple (out, lse), got {describe(out)} of {len(out)}"
+            )
+        out, lse = out
     out_shape = (*problem.q.shape[:-1], problem.Dv)
     q = problem.q
     results = {"out": _result("out", out, q, out_shape, _out_dtypes(problem))}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
 
 from fastattn._backends import arithmetic_on, namespace_of
-from fastattn._problem import accumulation_dtype, as_array, beside, describe
+from fastattn._problem import accumulation_dtype, as_array, as_int, beside
 
 Array = Any
 
@@ -20,7 +19,7 @@ def safe_softmax(scores: Array, axis: int = -1) -> Array:
 
     Parameters
     ----------
-    scores : array, any shape, dtype float16, bfloat16, float32 or float64
+    scores : array of one axis or more, dtype float16, bfloat16, float32 or float64
         NumPy's, CuPy's, or any that exports ``__dlpack__``. Read only; any strides, read-only
         memory included. -inf excludes an element.
     axis : int, default -1
@@ -38,7 +37,7 @@ def safe_softmax(scores: Array, axis: int = -1) -> Array:
         `scores` is not an array of one of the four dtypes in native byte order (a masked array,
         a list), or `axis` is not an int.
     ValueError
-        `axis` is not an axis of `scores`.
+        `axis` is not an axis of `scores`, or there is none.
 
     See Also
     --------
@@ -70,7 +69,7 @@ def safe_softmax(scores: Array, axis: int = -1) -> Array:
     """
     scores = as_array("scores", scores)
     acc = accumulation_dtype("scores", scores)
-    axis = _axis(axis, scores.ndim)
+    axis = _axis(axis, "scores", scores)
     xp = namespace_of(scores)
     with arithmetic_on(scores):  # inf - inf is the NaN that the formula has there
         if scores.size == 0:
@@ -91,7 +90,7 @@ def safe_softmax_backward(dprobs: Array, probs: Array, axis: int = -1) -> Array:
 
     Parameters
     ----------
-    dprobs : array, any shape, dtype float16, bfloat16, float32 or float64
+    dprobs : array of one axis or more, dtype float16, bfloat16, float32 or float64
         The gradient with respect to the probabilities. Read only; any strides; where `probs` is.
     probs : array, shape and dtype of `dprobs`
         What `safe_softmax` returned. Read only; any strides.
@@ -110,7 +109,7 @@ def safe_softmax_backward(dprobs: Array, probs: Array, axis: int = -1) -> Array:
         dtypes differ, one is of NumPy and one of CuPy, they are on different devices, or `axis` is
         not an int.
     ValueError
-        The shapes differ, or `axis` is not one of their axes.
+        The shapes differ, or `axis` is not one of their axes, or there is none.
 
     See Also
     --------
@@ -143,7 +142,7 @@ def safe_softmax_backward(dprobs: Array, probs: Array, axis: int = -1) -> Array:
         )
     if dprobs.shape != probs.shape:
         raise ValueError(f"dprobs must have the shape of probs, {probs.shape}, got {dprobs.shape}")
-    axis = _axis(axis, probs.ndim)
+    axis = _axis(axis, "probs", probs)
     xp = namespace_of(probs)
     with arithmetic_on(probs):
         p = probs.astype(acc, copy=False)
@@ -162,14 +161,11 @@ def _like(argument: Array, result: Array) -> Array:
     return cast
 
 
-def _axis(axis: Any, ndim: int) -> int:
+def _axis(axis: Any, name: str, array: Array) -> int:
     """The axis counted from the front."""
-    if isinstance(axis, bool):
-        raise TypeError(f"axis must be an int, got {describe(axis)}")
-    try:
-        index = operator.index(axis)
-    except TypeError:
-        raise TypeError(f"axis must be an int, got {describe(axis)}") from None
+    index, ndim = as_int("axis", axis), array.ndim
+    if ndim == 0:
+        raise ValueError(f"{name} must have one axis or more, got shape ()")
     if not -ndim <= index < ndim:
         raise ValueError(f"axis must be in [{-ndim}, {ndim}) for {ndim} axes, got {index}")
     return index % ndim

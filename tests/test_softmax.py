@@ -166,7 +166,7 @@ def test_a_result_is_never_its_argument(xp):
         (np.ma.zeros(3), -1, TypeError, "scores is a masked array"),
         (np.zeros((3, 3)), 2, ValueError, r"axis must be in \[-2, 2\) for 2 axes, got 2"),
         (np.zeros((3, 3)), -3, ValueError, r"axis must be in \[-2, 2\) for 2 axes, got -3"),
-        (np.zeros(()), -1, ValueError, r"axis must be in \[0, 0\) for 0 axes, got -1"),
+        (np.zeros(()), -1, ValueError, r"scores must have one axis or more, got shape \(\)"),
         (np.zeros(3), 0.0, TypeError, r"axis must be an int, got 0.0 \(float\)"),
         (np.zeros(3), None, TypeError, "axis must be an int, got None"),
         (np.zeros(3), False, TypeError, "axis must be an int, got False"),
