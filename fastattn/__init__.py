@@ -21,6 +21,18 @@ with those in its folder `kernels`, which CuPy compiles when they are first need
 Importing the package imports NumPy and nothing else; `_gpu` is imported at the first CuPy array.
 """
 
+try:
+    from fastattn import _cpu as _cpu
+except ImportError:
+    from importlib.util import find_spec
+
+    if find_spec("fastattn._cpu") is not None:
+        raise
+    raise ImportError(
+        f"fastattn is not built in {__path__[0]}. If it is installed elsewhere, start Python in "
+        "another folder than this clone, else build it here: pip install -e ."
+    ) from None
+
 from fastattn import attention
 from fastattn.attention import scaled_dot_product_attention
 from fastattn.introspect import show_config

@@ -5,6 +5,7 @@ import importlib.resources
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -60,6 +61,16 @@ def test_import_brings_in_numpy_only():
         loaded[package] = {name.partition(".")[0] for name in names}
     new = loaded["fastattn"] - loaded["numpy"] - set(sys.stdlib_module_names) - {"fastattn"}
     assert not [name for name in new if "cython" not in name]  # Cython's own helpers
+
+
+def test_source_tree_that_is_not_built_says_so(tmp_path):
+    tree = tmp_path / "fastattn"
+    tree.mkdir()
+    for source in Path(fastattn.__file__).parent.glob("*.py"):
+        shutil.copy(source, tree)
+    done = run([*PYTHON, "import fastattn"], cwd=tmp_path, check=False, PYTHONPATH=tmp_path)
+    assert f"ImportError: fastattn is not built in {tree}. " in done.stderr
+    assert "pip install -e ." in done.stderr
 
 
 # ---- the README ------------------------------------------------------------------------------
