@@ -92,13 +92,15 @@ def scaled_dot_product_attention(
         NumPy's, CuPy's, or any that exports ``__dlpack__``. Read only; any strides, read-only
         memory and broadcast views included.
     key : array, shape (..., Hkv, Lk, D), dtype of `query`
-        Its leading axes are those of `query`, and so is its library, and its device on a GPU.
+        Its leading axes are those of `query` (PyTorch would broadcast them; here `np.broadcast_to`
+        does, without a copy), and so is its library, and its device on a GPU.
     value : array, shape (..., Hkv, Lk, Dv), dtype of `query`
+        Its leading axes, heads and length are those of `key`.
     attn_mask : array, bool or a float dtype, optional
         Broadcasts to (..., Hq, Lq, Lk), or (Lq, Lk) without a head axis. Bool: True = attend. Float
         (any of the four dtypes): added to the scores, -inf = excluded.
     dropout_p : float in [0, 1], default 0.0
-        The probability that a pair is dropped. The one difference from PyTorch: it needs `seed`.
+        The probability that a pair is dropped. Unlike in PyTorch, it needs `seed`.
     is_causal : bool, default False
         Exclude keys ``j > i``, counted from the upper left, see `causal_offset`. Unlike in PyTorch,
         `attn_mask` may be given too.
@@ -107,8 +109,9 @@ def scaled_dot_product_attention(
     enable_gqa : bool, default False
         Let Hkv be any divisor of Hq. Needed unless Hkv is Hq or 1.
     bias, causal_offset, window_size, q_lens, kv_lens : optional
+        As in `fastattn.attention.attention_forward`, and so are those that follow.
     q_segment_ids, kv_segment_ids, softcap, alibi_slopes, sinks, seed : optional
-        As in `fastattn.attention.attention_forward`.
+        Options that PyTorch's function does not have.
 
     Returns
     -------
@@ -275,13 +278,14 @@ def attention_forward(
     AttentionResult
         A named tuple of ``out (..., Hq, Lq, Dv)``, dtype of `q`, laid out in memory as `q` is, and
         ``lse (..., Hq, Lq)``, the natural logarithm, float32 (float64 for float64). New arrays of
-        NumPy, or of CuPy where `q` is in the memory of a GPU, unless `out` was given.
+        NumPy, or of CuPy where `q` is in the memory of a GPU, unless `out` was given: then that
+        array itself, or the view by which NumPy or CuPy shows it if it is of another library.
 
     Raises
     ------
     TypeError
         An array is not a NumPy or CuPy array or one that exports ``__dlpack__``; is a masked array,
-        an `numpy.matrix`, or of another dtype (object and big-endian included); a producer refuses
+        a `numpy.matrix`, or of another dtype (object and big-endian included); a producer refuses
         to export it (one that requires a gradient needs ``.detach()``). One array is of NumPy and
         another of CuPy, or they are on different devices; an array is on a CUDA device, and CuPy
         or, for bfloat16, ml_dtypes is missing. `q`, `k`, `v` differ in dtype. `attn_mask` holds
@@ -472,8 +476,9 @@ def attention_backward(
     lse : array, shape (..., Hq, Lq), float32 (float64 for float64 inputs)
         As `out`.
     attn_mask, bias, is_causal, causal_offset, window_size, q_lens, kv_lens : optional
+        As given to `attention_forward`, and so are those that follow.
     q_segment_ids, kv_segment_ids, scale, softcap, alibi_slopes, sinks, dropout_p, seed : optional
-        As given to `attention_forward`.
+        The gradients are those of that computation only with the same options.
     dlse : array, shape (..., Hq, Lq), one of the four float dtypes, optional
         The gradient with respect to `lse`, where the loss depends on it.
     wrt : iterable of str, default ("q", "k", "v")

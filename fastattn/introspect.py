@@ -34,7 +34,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
 
     Parameters
     ----------
-    mode : {"stdout", "dicts"}
+    mode : {"stdout", "dicts"}, default "stdout"
         "stdout" prints, "dicts" returns the same facts as a dict.
 
     Returns
@@ -46,16 +46,27 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     Raises
     ------
     ValueError
-        If mode is another word.
+        `mode` is anything else.
 
     Notes
     -----
     A wrong ``FASTATTN_CPU_ISA`` makes every computation fail; here its message is shown in place
     of the ISA. CuPy is imported where it is installed; what is missing for a GPU is said in place
     of the device.
+
+    See Also
+    --------
+    fastattn.get_num_threads : The number of threads alone.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> facts = fastattn.show_config("dicts")
+    >>> [row["name"] for row in facts["isas"]][0]
+    'portable'
     """
     if mode not in ("stdout", "dicts"):
-        raise ValueError(f"mode is {mode!r}; expected 'stdout' or 'dicts'")
+        raise ValueError(f"mode must be 'stdout' or 'dicts', got {mode!r}")
     facts = {
         "versions": versions(),
         "gil": gil(),

@@ -35,10 +35,14 @@ def merge_attention_states(
 
     Parameters
     ----------
-    out_a, out_b : array, shape (..., Dv), dtype float16, bfloat16, float32 or float64
-        Two results of attention, of one shape and one dtype. Read only; any strides.
-    lse_a, lse_b : array, shape (...), dtype float32 or float64
-        Their rows' log-sum-exp (natural logarithm), of one dtype.
+    out_a : array, shape (..., Dv), dtype float16, bfloat16, float32 or float64
+        A result of attention. All four arrays are only read, and may have any strides.
+    lse_a : array, shape (...), dtype float32 or float64
+        Its rows' log-sum-exp (natural logarithm).
+    out_b : array, shape and dtype of `out_a`
+        The result over other keys.
+    lse_b : array, shape and dtype of `lse_a`
+        Its rows' log-sum-exp.
 
     Returns
     -------

@@ -45,7 +45,7 @@ def test_dicts_mode_prints_nothing_and_is_plain(facts, capsys):
 
 
 def test_unknown_mode():
-    with pytest.raises(ValueError, match="mode is 'yaml'; expected 'stdout' or 'dicts'"):
+    with pytest.raises(ValueError, match="mode must be 'stdout' or 'dicts', got 'yaml'"):
         fastattn.show_config("yaml")
 
 
