@@ -48,15 +48,15 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     ValueError
         `mode` is anything else.
 
+    See Also
+    --------
+    fastattn.get_num_threads : The number of threads alone.
+
     Notes
     -----
     A wrong ``FASTATTN_CPU_ISA`` makes every computation fail; here its message is shown in place
     of the ISA. CuPy is imported where it is installed; what is missing for a GPU is said in place
     of the device.
-
-    See Also
-    --------
-    fastattn.get_num_threads : The number of threads alone.
 
     Examples
     --------

@@ -204,9 +204,19 @@ def _score_pairs(q, k, o, dtype):
 def live_pairs(q, k, *, compute_dtype=np.float64, **options):
     """Say which pairs are left: not excluded by an option, and of a score that is not -inf.
 
+    Parameters
+    ----------
+    q, k : array, shape (..., Hq, Lq, D), (..., Hkv, Lk, D)
+        float16, bfloat16, float32 or float64.
+    compute_dtype : dtype
+        Scores are computed in it; it decides which of them overflow to -inf.
+    **options
+        See `Options`.
+
     Returns
     -------
     live : bool array, shape (..., Hq, Lq, Lk)
+        True for pairs that take part.
     """
     with np.errstate(all="ignore"):
         return _score_pairs(np.asarray(q), np.asarray(k), Options(**options), compute_dtype).live
@@ -221,12 +231,16 @@ def philox4x32(counter, key, rounds):
     Parameters
     ----------
     counter : array of 32-bit values, shape (..., 4)
+        Counters, word by word.
     key : two 32-bit values
+        The same for all counters.
     rounds : int
+        How often they are mixed; 10 in the paper's standard.
 
     Returns
     -------
     words : uint32 array, shape (..., 4)
+        Four random words for each counter.
     """
     low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
     c0, c1, c2, c3 = np.moveaxis(np.asarray(counter, np.uint64), -1, 0)
@@ -251,9 +265,19 @@ def dropout_keep(seed, dropout_p, batch, Hq, Lq, Lk):
     ``j % 4`` of what Philox makes of it belongs to pair (i, j): kept when the word is at least
     ``ceil(dropout_p * 2**32)``.
 
+    Parameters
+    ----------
+    seed : int
+        In [0, 2**64).
+    dropout_p : float
+        The probability that a pair is dropped.
+    batch, Hq, Lq, Lk : int
+        The sizes of the problem; batch is the product of the leading axes.
+
     Returns
     -------
     keep : bool array, shape (batch, Hq, Lq, Lk)
+        True for pairs that are kept.
     """
     blocks = -(-Lk // 4)
     b, h, i, block = np.ogrid[:batch, :Hq, :Lq, :blocks]
@@ -371,6 +395,7 @@ def reference_backward(
     Parameters
     ----------
     dout : array, shape (..., Hq, Lq, Dv)
+        The gradient with respect to out.
     q, k, v : array
         As for `reference_forward`.
     out, lse : array
@@ -378,6 +403,7 @@ def reference_backward(
         gradients are then this block's share. dout, out and dlse of a row with lse -inf are not
         read.
     dlse : array, shape (..., Hq, Lq), or None
+        The gradient with respect to lse.
     wrt : sequence of str
         Any of "q", "k", "v", "bias", "sinks", "alibi_slopes".
     compute_dtype : dtype
@@ -488,6 +514,7 @@ def assert_accurate(actual, exact, plain, dtype, acc, *, siblings=(), name="resu
     Parameters
     ----------
     actual : array of dtype
+        The result to be judged.
     exact, plain : array
         Of `reference_forward` or `reference_backward`, not rounded; plain is rounded here, once.
     dtype, acc : dtype
@@ -530,9 +557,25 @@ def assert_accurate(actual, exact, plain, dtype, acc, *, siblings=(), name="resu
 def assert_lse_accurate(actual, exact, plain, acc, *, siblings=(), name="lse"):
     """Assert promise 6 of lse: an error of at most 4 ulp of max(1, abs(lse)).
 
-    -inf must be where exact has it and nowhere else; other non-finite values, and the parameters,
-    as in `assert_accurate`. Where scores cancel (a large ALiBi term, say), no float32 computation
-    keeps to that: 4 times the largest error of the plain computation is allowed as well.
+    -inf must be where exact has it and nowhere else; other non-finite values as in
+    `assert_accurate`. Where scores cancel (a large ALiBi term, say), no float32 computation keeps
+    to that: 4 times the largest error of the plain computation is allowed as well.
+
+    Parameters
+    ----------
+    actual, exact, plain : array
+        As in `assert_accurate`; the dtype of lse is acc.
+    acc : dtype
+        The accumulation's.
+    siblings : sequence of (exact, plain)
+        As in `assert_accurate`.
+    name : str
+        What the message calls the result.
+
+    Raises
+    ------
+    AssertionError
+        As in `assert_accurate`.
     """
     _assert_like(actual, exact.shape, acc, name)
     compared = _assert_finite_alike(actual, exact, plain, acc, name)
@@ -590,7 +633,23 @@ def assert_forward(q, k, v, actual_out, actual_lse, **options):
     """Assert that out and lse are what the contract promises for these inputs and options.
 
     Accuracy as in `assert_accurate` and `assert_lse_accurate`; rows with no live pair are exactly
-    zero. out may be float32 for 16-bit inputs; lse may be None, and is not looked at then.
+    zero.
+
+    Parameters
+    ----------
+    q, k, v : array, shape (..., Hq, Lq, D), (..., Hkv, Lk, D), (..., Hkv, Lk, Dv)
+        What attention was computed of.
+    actual_out : array, shape (..., Hq, Lq, Dv)
+        The result; of q's dtype, or float32 for 16-bit inputs.
+    actual_lse : array, shape (..., Hq, Lq), or None
+        Its log-sum-exp; None is not looked at.
+    **options
+        See `Options`.
+
+    Raises
+    ------
+    AssertionError
+        If one of them is not what it should be; the message says by how much.
     """
     acc, live = _accumulation_dtype(q.dtype), live_pairs(q, k, **options)
     dtype = acc if actual_out.dtype == acc else q.dtype
@@ -607,10 +666,27 @@ def assert_forward(q, k, v, actual_out, actual_lse, **options):
 def assert_gradients(dout, q, k, v, out, lse, actual, *, dlse=None, wrt=("q", "k", "v"), **options):
     """Assert that gradients are what the contract promises for these inputs and options.
 
-    `actual` holds dq, dk, dv, dbias, dsinks and dalibi_slopes in this order, None where wrt does
-    not ask. Accuracy as in `assert_accurate`; where a finite lse lies beyond 1000 in magnitude,
-    gradients must be finite in the right places, and no more is promised. Rows of dq, dk, dv to
-    which no live pair belongs are exactly zero.
+    Accuracy as in `assert_accurate`; where a finite lse lies beyond 1000 in magnitude, gradients
+    must be finite in the right places, and no more is promised. Rows of dq, dk, dv to which no live
+    pair belongs are exactly zero.
+
+    Parameters
+    ----------
+    dout, q, k, v, out, lse : array
+        What the gradients were computed of, as for `reference_backward`.
+    actual : sequence of array or None
+        dq, dk, dv, dbias, dsinks and dalibi_slopes in this order, None where wrt does not ask.
+    dlse : array or None
+        As for `reference_backward`, and so is wrt.
+    wrt : sequence of str
+        The gradients that were asked for.
+    **options
+        See `Options`.
+
+    Raises
+    ------
+    AssertionError
+        If one of them is not what it should be; the message says by how much.
     """
     acc, live = _accumulation_dtype(q.dtype), live_pairs(q, k, **options)
     live &= (lse != -np.inf)[..., None]
@@ -656,6 +732,7 @@ def random_problem(rng, **fixed):
     Parameters
     ----------
     rng : numpy.random.Generator
+        What the draws come from.
     **fixed
         What is not to be drawn: ``dtype``, ``lead``, ``Hkv``, ``group`` (Hq // Hkv), ``Lq``,
         ``Lk``, ``D``, ``Dv``, ``poison`` (bool), or any of `Options` (None: left off).
