@@ -241,7 +241,7 @@ cdef const fa_isa *isa() except NULL:
     cdef int i
     if isa_in_use == NULL:
         forced = os.environ.get("FASTATTN_CPU_ISA")
-        if forced is not None:
+        if forced:
             isa_in_use = find_isa(forced, "FASTATTN_CPU_ISA")
         else:
             for i in range(fa_isa_count):

@@ -61,7 +61,7 @@ def _family(arch: int) -> str:
         return table.default_family(arch, nvrtc)
     if name not in table.FAMILIES:
         raise ValueError(
-            f"FASTATTN_GPU_ARCH is {name!r}, expected one of {', '.join(table.FAMILIES)}"
+            f"FASTATTN_GPU_ARCH is {name!r}; expected one of: {', '.join(table.FAMILIES)}"
         )
     if not table.runs(name, arch):
         raise RuntimeError(
