@@ -62,7 +62,7 @@ def test_source_names_what_the_configuration_says():
 
 
 def test_options_are_numbered_as_the_kernels_do():
-    enum = re.search(r"enum Option \{ (.*?) \}", read("pairs.cuh"))[1]
+    enum = re.search(r"enum Option \{(.*?)\}", read("pairs.cuh"), re.S)[1]
     numbers = {name[1:].lower(): int(n) for name, n in re.findall(r"(\w+) = (\d+)", enum)}
     assert numbers == {name: n for name, n in source._OPTIONS.items() if name}
     assert set(source._OPTIONS) == {"", *config.OPTIONS, "all"}
@@ -312,7 +312,7 @@ def size(c):
 
 def pitch_of(name, values):
     """The pitch of a tile of a mask or bias with many rows."""
-    [pitch] = re.findall(rf"int {name}_pitch\(.*one_row \? 0 : (.*); }}", read("pairs.cuh"))
+    [pitch] = re.findall(rf"int {name}_pitch\(.*\{{\s+.*one_row \? 0 : (.*);", read("pairs.cuh"))
     return eval(pitch.replace("(int)p.numbers_size", "size"), {}, values)
 
 
@@ -335,7 +335,7 @@ def hopper_layout(c):
     for name in (*source._OF_KERNEL[c.kernel], f"{c.kernel}.cu"):
         declarations = "" if name == "WGMMA" else read(name).split('extern "C"')[0]
         pattern = r"^constexpr int (k(?:Stages|Bytes|Buffers|Most).*);"
-        for line in re.findall(pattern, declarations, re.M):
+        for line in re.findall(pattern, declarations.replace("=\n    ", "= "), re.M):
             for each in re.split(r", (?=k\w+ =)", line):
                 name, expression = each.split(" = ")
                 names[name] = evaluate(f"({expression})", names)

@@ -1,8 +1,8 @@
-// dbias = sum of t = P (z dP - delta) over the axes along which bias is broadcast. A block owns a tile
-// of dbias, kBr rows and kBc columns of one (batch entry, head) of its own, walks over the tiles of
-// scores that it is the sum of, and adds them up in registers; rows and columns that are summed too
-// are added at the end, in float64. Where whole rows or columns are summed, `slices` blocks share the
-// walk, and reduce.cu adds up their parts.
+// dbias = sum of t = P (z dP - delta) over the axes along which bias is broadcast. A block owns a
+// tile of dbias, kBr rows and kBc columns of one (batch entry, head) of its own, walks over the
+// tiles of scores that it is the sum of, and adds them up in registers; rows and columns that are
+// summed too are added at the end, in float64. Where whole rows or columns are summed, `slices`
+// blocks share the walk, and reduce.cu adds up their parts.
 //
 // What does not take part is selected away pair by pair, so nothing is ever done again.
 
@@ -23,7 +23,8 @@ backward_bias(const __grid_constant__ Params p) {
 
   // This block's tile of dbias; an axis that is summed over has one entry.
   const i64 own_heads = p.head_sums ? 1 : p.Hq;
-  const i64 own_rows = p.row_sums ? 1 : p.row_tiles, own_columns = p.column_sums ? 1 : p.column_tiles;
+  const i64 own_rows = p.row_sums ? 1 : p.row_tiles,
+            own_columns = p.column_sums ? 1 : p.column_tiles;
   i64 index = blockIdx.x;
   const int slice = (int)(index % p.slices);
   index /= p.slices;
@@ -52,13 +53,17 @@ backward_bias(const __grid_constant__ Params p) {
     const int kv_head = h / (int)p.group;
     const Entry entry = entry_of(p, b);
     const int last = min_of(row0 + kBr, entry.q_len) - 1;
-    if (row0 > last || max_of(first_key(entry, row0), key0) >= min_of(end_of_keys(entry, last), key0 + kBc)) continue;
+    if (row0 > last ||
+        max_of(first_key(entry, row0), key0) >= min_of(end_of_keys(entry, last), key0 + kBc))
+      continue;
     const int needs = needs_of(p, b, h, row0 / kBr, key0 / kBc);
     if (needs & kEmpty) continue;
     auto row_of = [&](int r) { return row0 + r < p.Lq ? Row{row0 + r, h} : Row{kFar, 0}; };
-    auto load = [&](auto size, Tile* to, const Array& array, int head, int row, int end, int at, int width) {
+    auto load = [&](auto size, Tile* to, const Array& array, int head, int row, int end, int at,
+                    int width) {
       load_tile<decltype(size)::rows, decltype(size)::columns>(
-          to, array, array.at(b, head) + row * array.row + at * array.column, end - row, width - at);
+          to, array, array.at(b, head) + row * array.row + at * array.column, end - row,
+          width - at);
     };
 
     Acc s[kM][kN][4], dp[kM][kN][4];
@@ -74,7 +79,9 @@ backward_bias(const __grid_constant__ Params p) {
     walk_rows<kDv>(
         dp, warp_o, sV, (int)p.Dv,
         [&](int at) { load(Size<kBr, kDv>(), sO, p.dout, h, row0, entry.q_len, at, (int)p.Dv); },
-        [&](int at) { load(Size<kBc, kDv>(), sV, p.v, kv_head, key0, entry.kv_len, at, (int)p.Dv); });
+        [&](int at) {
+          load(Size<kBc, kDv>(), sV, p.v, kv_head, key0, entry.kv_len, at, (int)p.Dv);
+        });
     copies_wait<0>();
     __syncthreads();
     auto place = [&](int m, int y, int e) {
@@ -89,16 +96,21 @@ backward_bias(const __grid_constant__ Params p) {
       };
       repair(s, p.q, p.k, p.D, place, [&](Place at) { return row(p.q.at(b, h), p.q, at.r); },
              [&](Place at) { return key(p.k.at(b, kv_head), p.k, at.c); });
-      repair(dp, p.dout, p.v, p.Dv, place, [&](Place at) { return row(p.dout.at(b, h), p.dout, at.r); },
-             [&](Place at) { return key(p.v.at(b, kv_head), p.v, at.c); });
+      repair(
+          dp, p.dout, p.v, p.Dv, place,
+          [&](Place at) { return row(p.dout.at(b, h), p.dout, at.r); },
+          [&](Place at) { return key(p.v.at(b, kv_head), p.v, at.c); });
     }
     const Acc* const row_lse = (const Acc*)p.row_lse + row_start(p, b, h) + row0;
     const Acc* const row_delta = (const Acc*)p.row_delta + row_start(p, b, h) + row0;
     Kept<kM, kN> kept;
     if (asks_dropout(p)) kept = draw<false, kM, kN>(p, b, key0, place, row_of);
-    apply_factors(p, s, dp, false, kept, [&](int m, int n, int e) { return row_delta[place(m, n, e).r]; });
+    apply_factors(p, s, dp, false, kept,
+                  [&](int m, int n, int e) { return row_delta[place(m, n, e).r]; });
     apply_options<false>(p, entry, s, needs, kClean, added, key0, place, row_of);
-    keep_within(s, [&](int m, int half) { return keys_of_row(entry, row0 + place(m, 0, 2 * half).r, key0); });
+    keep_within(s, [&](int m, int half) {
+      return keys_of_row(entry, row0 + place(m, 0, 2 * half).r, key0);
+    });
     for_each(s, [&](Acc& y, int m, int n, int e) {
       sum[m][n][e] += gradient<true>(p, y, dp[m][n][e], row_lse[place(m, n, e).r], 0, kUsual).ds;
     });
@@ -118,7 +130,8 @@ backward_bias(const __grid_constant__ Params p) {
     double total = 0;
     for (int i = r; i < (p.row_sums ? kBr : r + 1); i++)
       for (int j = c; j < (p.column_sums ? kBc : c + 1); j++) total += tile[i * kPitch + j];
-    const i64 row = p.row_sums ? 0 : own_row * kBr + r, column = p.column_sums ? 0 : own_column * kBc + c;
+    const i64 row = p.row_sums ? 0 : own_row * kBr + r,
+              column = p.column_sums ? 0 : own_column * kBc + c;
     if (p.slices > 1) {
       const i64 all_rows = p.row_sums ? 1 : p.Lq, all_columns = p.column_sums ? 1 : p.Lk;
       const i64 flat = (index * all_rows + row) * all_columns + column;  // index: batch entry, head

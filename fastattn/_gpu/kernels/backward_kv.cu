@@ -1,12 +1,12 @@
-// dK = scale dS^T Q and dV = (z P)^T dO: a block owns kBc keys of a key head and walks over the rows
-// that see them, of each query head in turn. Everything is transposed, keys are the rows of the matrix
-// products, so that P^T and dS^T are factors as they lie in registers:
+// dK = scale dS^T Q and dV = (z P)^T dO: a block owns kBc keys of a key head and walks over the
+// rows that see them, of each query head in turn. Everything is transposed, keys are the rows of
+// the matrix products, so that P^T and dS^T are factors as they lie in registers:
 //
 //     S^T = K Q^T,  dP^T = V dO^T,  P^T = exp(S^T - lse),  dV += (z P^T) dO,  dK += dS^T Q
 //
-// Q has two buffers, dO one. Sums of wide heads do not fit in registers: blocks share out the columns,
-// kOut and kOutV of them each. As in forward.cu, a block that does not end finite is done again: kClean
-// with 0 for what is not finite in Q and dO once the scores are made, then kTaint.
+// Q has two buffers, dO one. Sums of wide heads do not fit in registers: blocks share out the
+// columns, kOut and kOutV of them each. As in forward.cu, a block that does not end finite is done
+// again: kClean with 0 for what is not finite in Q and dO once the scores are made, then kTaint.
 
 constexpr int kM = kBc / (16 * kWarps), kN = kBr / 8;
 constexpr int kOut = kD > 128 ? kD / 2 : kD, kOutV = kDv > 128 ? kDv / 2 : kDv;
@@ -28,7 +28,8 @@ backward_kv(const __grid_constant__ Params p) {
   const int b = turn.head / (int)p.Hkv, kv_head = turn.head % (int)p.Hkv;
   const Entry entry = entry_of(p, b);
   const int key0 = turn.tile * kBc, last_key = min_of(key0 + kBc, entry.kv_len) - 1;
-  const int begin = first_row(entry, key0), end = key0 < entry.kv_len ? end_of_rows(entry, last_key) : 0;
+  const int begin = first_row(entry, key0),
+            end = key0 < entry.kv_len ? end_of_rows(entry, last_key) : 0;
   const int from = begin / kBr, to = end > begin ? (end + kBr - 1) / kBr : from;
   const int end_head = (kv_head + 1) * (int)p.group;
   const int column0 = piece * kOut, column0_v = piece * kOutV;
@@ -76,14 +77,17 @@ backward_kv(const __grid_constant__ Params p) {
     }
   };
   auto row_of = [&](const Step& step) {  // the rows of a step's tile
-    return [&p, step](int r) { return step.row0 + r < p.Lq ? Row{step.row0 + r, step.h} : Row{kFar, 0}; };
+    return [&p, step](int r) {
+      return step.row0 + r < p.Lq ? Row{step.row0 + r, step.h} : Row{kFar, 0};
+    };
   };
   const Tile* const warp_k = sK + warp * kM * 16 * pitch_of(kD);
   const Tile* const warp_v = sV + warp * kM * 16 * pitch_of(kDv);
   const Acc ones[kM][2] = {};
 
   for (int mode = kUsual;; mode = mode == kUsual ? kClean : kTaint) {
-    Acc dk[kM][kOut / 8][4], dv[kM][kOutV / 8][4], earlier_dk[kM][kOut / 8][4], earlier_dv[kM][kOutV / 8][4];
+    Acc dk[kM][kOut / 8][4], dv[kM][kOutV / 8][4], earlier_dk[kM][kOut / 8][4],
+        earlier_dv[kM][kOutV / 8][4];
     clear(dk);
     clear(dv);
     if (kTwoLevels) {
@@ -144,13 +148,17 @@ backward_kv(const __grid_constant__ Params p) {
         return key0 + c < entry.kv_len ? of + (key0 + c) * array.row : nullptr;
       };
       if (kSplit && mode != kUsual) {
-        repair(s, p.q, p.k, p.D, place, [&](Place at) { return row_at(p.q.at(b, step.h), p.q, at.r); },
-               [&](Place at) { return key_at(of_k, p.k, at.c); });
-        repair(dp, p.dout, p.v, p.Dv, place, [&](Place at) { return row_at(p.dout.at(b, step.h), p.dout, at.r); },
-               [&](Place at) { return key_at(of_v, p.v, at.c); });
+        repair(
+            s, p.q, p.k, p.D, place, [&](Place at) { return row_at(p.q.at(b, step.h), p.q, at.r); },
+            [&](Place at) { return key_at(of_k, p.k, at.c); });
+        repair(
+            dp, p.dout, p.v, p.Dv, place,
+            [&](Place at) { return row_at(p.dout.at(b, step.h), p.dout, at.r); },
+            [&](Place at) { return key_at(of_v, p.v, at.c); });
       }
 #if kOptions
-      apply_factors(p, s, dp, true, kept, [&](int m, int n, int e) { return rows[kBr + place(m, n, e).r]; });
+      apply_factors(p, s, dp, true, kept,
+                    [&](int m, int n, int e) { return rows[kBr + place(m, n, e).r]; });
       apply_options<true>(p, entry, s, step.needs, mode, added, key0, place, row_of(step));
 #endif
       if (mode != kUsual || !all_pairs(entry, row0, last_row, key0, kBc))
@@ -184,7 +192,8 @@ backward_kv(const __grid_constant__ Params p) {
       __syncthreads();
 #if kOptions
       if (next_step.h < end_head)
-        load_added(p, next_step.needs, added, b, next_step.h, next_step.row0, key0, row_of(next_step));
+        load_added(p, next_step.needs, added, b, next_step.h, next_step.row0, key0,
+                   row_of(next_step));
 #endif
       if (kWalk) {
         load_q(sQ, step, column0);
@@ -197,7 +206,8 @@ backward_kv(const __grid_constant__ Params p) {
       }
       if (mode != kUsual) sanitize<kBr, kD>(tile_q, mode);
       multiply_blocks<false>(dk, dp, tile_q + (kWalk ? 0 : column0), pitch_of(kD), ones);
-      if (kTwoLevels && (next_step.h != step.h || next_step.row0 / kRowsOfPart != row0 / kRowsOfPart)) {
+      if (kTwoLevels &&
+          (next_step.h != step.h || next_step.row0 / kRowsOfPart != row0 / kRowsOfPart)) {
         end_part<false>(earlier_dk, dk, ones);
         end_part<false>(earlier_dv, dv, ones);
       }
@@ -210,15 +220,19 @@ backward_kv(const __grid_constant__ Params p) {
     const bool odd = __syncthreads_or(any_odd(dk) || any_odd(dv));
     if (mode == kUsual && odd) continue;
     if (p.dk.data)
-      write_blocks(dk, (Acc)(mode == kTaint ? 1.0 : p.scale), shared, p.dk, min_of((int)p.D - column0, kOut), mode,
-                   [&](int r) -> char* {
-        return key0 + r < p.Lk ? p.dk.at(b, kv_head) + (key0 + r) * p.dk.row + column0 * p.dk.column : nullptr;
-      });
+      write_blocks(dk, (Acc)(mode == kTaint ? 1.0 : p.scale), shared, p.dk,
+                   min_of((int)p.D - column0, kOut), mode, [&](int r) -> char* {
+                     return key0 + r < p.Lk
+                         ? p.dk.at(b, kv_head) + (key0 + r) * p.dk.row + column0 * p.dk.column
+                         : nullptr;
+                   });
     if (p.dv.data)
-      write_blocks(dv, (Acc)(mode == kTaint ? 1.0 : p.keep_scale), shared, p.dv, min_of((int)p.Dv - column0_v, kOutV),
-                   mode, [&](int r) -> char* {
-        return key0 + r < p.Lk ? p.dv.at(b, kv_head) + (key0 + r) * p.dv.row + column0_v * p.dv.column : nullptr;
-      });
+      write_blocks(dv, (Acc)(mode == kTaint ? 1.0 : p.keep_scale), shared, p.dv,
+                   min_of((int)p.Dv - column0_v, kOutV), mode, [&](int r) -> char* {
+                     return key0 + r < p.Lk
+                         ? p.dv.at(b, kv_head) + (key0 + r) * p.dv.row + column0_v * p.dv.column
+                         : nullptr;
+                   });
     if (mode == kUsual || mode == kTaint) return;
   }
 }

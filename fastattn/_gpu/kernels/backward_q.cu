@@ -2,9 +2,9 @@
 //
 //     S = Q K^T,  dP = dO V^T,  P = exp(S - lse),  dS = P (z dP - delta),  dQ += dS K
 //
-// The rows' sums of dS |i + offset - j|, from which the gradient of ALiBi's slopes is made, come along.
-// K has two buffers, V one. As in forward.cu, a block that does not end finite is done again: kClean
-// with 0 for what is not finite in K, then kTaint.
+// The rows' sums of dS |i + offset - j|, from which the gradient of ALiBi's slopes is made, come
+// along. K has two buffers, V one. As in forward.cu, a block that does not end finite is done
+// again: kClean with 0 for what is not finite in K, then kTaint.
 
 constexpr int kM = kBr / (16 * kWarps), kN = kBc / 8, kO = kD / 8;
 
@@ -41,15 +41,18 @@ backward_q(const __grid_constant__ Params p) {
     load_tile<kBr, kD>(sQ, p.q, of_q + row0 * p.q.row + at * p.q.column, q_rows, (int)p.D - at);
   };
   auto load_o = [&](int at) {
-    load_tile<kBr, kDv>(sO, p.dout, of_o + row0 * p.dout.row + at * p.dout.column, q_rows, (int)p.Dv - at);
+    load_tile<kBr, kDv>(sO, p.dout, of_o + row0 * p.dout.row + at * p.dout.column, q_rows,
+                        (int)p.Dv - at);
   };
   auto load_k = [&](Tile* to, int n, int at) {
     const int j = n * kBc;
-    load_tile<kBc, kD>(to, p.k, of_k + j * p.k.row + at * p.k.column, entry.kv_len - j, (int)p.D - at);
+    load_tile<kBc, kD>(to, p.k, of_k + j * p.k.row + at * p.k.column, entry.kv_len - j,
+                       (int)p.D - at);
   };
   auto load_v = [&](int n, int at) {
     const int j = n * kBc;
-    load_tile<kBc, kDv>(sV, p.v, of_v + j * p.v.row + at * p.v.column, entry.kv_len - j, (int)p.Dv - at);
+    load_tile<kBc, kDv>(sV, p.v, of_v + j * p.v.row + at * p.v.column, entry.kv_len - j,
+                        (int)p.Dv - at);
   };
 
   // Tiles of keys that hold no pair are no steps of the walk.
@@ -91,7 +94,8 @@ backward_q(const __grid_constant__ Params p) {
       load_v(first_step.n, 0);
     }
 #if kOptions
-    if (first_step.n < to) load_added(p, first_step.needs, added, b, h, row0, first_step.n * kBc, row_of);
+    if (first_step.n < to)
+      load_added(p, first_step.needs, added, b, h, row0, first_step.n * kBc, row_of);
 #endif
     copies_commit();
     Step step = first_step, next_step;
@@ -119,8 +123,10 @@ backward_q(const __grid_constant__ Params p) {
       auto multiply = [&](auto rounded) {
         constexpr bool kRounded = decltype(rounded)::value;
         if (kWalk) {
-          walk_rows<kD, kRounded>(s, warp_q, sK, (int)p.D, load_q, [&](int at) { load_k(sK, n, at); });
-          walk_rows<kDv, kRounded>(dp, warp_o, sV, (int)p.Dv, load_o, [&](int at) { load_v(n, at); });
+          walk_rows<kD, kRounded>(s, warp_q, sK, (int)p.D, load_q,
+                                  [&](int at) { load_k(sK, n, at); });
+          walk_rows<kDv, kRounded>(dp, warp_o, sV, (int)p.Dv, load_o,
+                                   [&](int at) { load_v(n, at); });
         } else if constexpr (kRounded) {
           multiply_rows_rounded<kD / kStep>(s, warp_q, pitch_of(kD), tile_k, pitch_of(kD));
           multiply_rows_rounded<kDv / kStep>(dp, warp_o, pitch_of(kDv), sV, pitch_of(kDv));
@@ -161,9 +167,10 @@ backward_q(const __grid_constant__ Params p) {
 #if kOptions
       if (p.row_sum) {
         Acc sum[kM][2] = {};
-        with_distances<false>(entry, dp, n * kBc, place, row_of, [&](Acc& ds, int m, int, int e, Acc distance) {
-          sum[m][e >> 1] += ds == 0 ? 0 : ds * distance;
-        });
+        with_distances<false>(entry, dp, n * kBc, place, row_of,
+                              [&](Acc& ds, int m, int, int e, Acc distance) {
+                                sum[m][e >> 1] += ds == 0 ? 0 : ds * distance;
+                              });
 #pragma unroll
         for (int m = 0; m < kM; m++)
 #pragma unroll
@@ -172,7 +179,8 @@ backward_q(const __grid_constant__ Params p) {
 #endif
       __syncthreads();
 #if kOptions
-      if (next_step.n < to) load_added(p, next_step.needs, added, b, h, row0, next_step.n * kBc, row_of);
+      if (next_step.n < to)
+        load_added(p, next_step.needs, added, b, h, row0, next_step.n * kBc, row_of);
 #endif
       if (kWalk) {
         load_k(sK, n, column0);
@@ -185,7 +193,8 @@ backward_q(const __grid_constant__ Params p) {
       }
       if (mode != kUsual) sanitize<kBc, kD>(tile_k, mode);
       if (!asks_alibi(p) || p.dq.data) multiply_blocks<false>(dq, dp, tile_k, pitch_of(kD), ones);
-      if (kTwoLevels && next_step.n * kBc / kRowsOfPart != n * kBc / kRowsOfPart) end_part<false>(earlier, dq, ones);
+      if (kTwoLevels && next_step.n * kBc / kRowsOfPart != n * kBc / kRowsOfPart)
+        end_part<false>(earlier, dq, ones);
     }
     if (kTwoLevels) add_earlier<false>(dq, earlier, ones);
     copies_wait<0>();
@@ -215,10 +224,12 @@ backward_q(const __grid_constant__ Params p) {
           if (t == 0) ((Acc*)p.row_sum)[row] = sum;
         }
     if (p.dq.data)
-      write_blocks(dq, (Acc)(mode == kTaint ? 1.0 : p.scale), shared, p.dq, min_of((int)p.D - column0, kD), mode,
-                   [&](int r) -> char* {
-        return row0 + r < rows ? p.dq.at(b, h) + (row0 + r) * p.dq.row + column0 * p.dq.column : nullptr;
-      });
+      write_blocks(dq, (Acc)(mode == kTaint ? 1.0 : p.scale), shared, p.dq,
+                   min_of((int)p.D - column0, kD), mode, [&](int r) -> char* {
+                     return row0 + r < rows
+                         ? p.dq.at(b, h) + (row0 + r) * p.dq.row + column0 * p.dq.column
+                         : nullptr;
+                   });
     if (mode == kUsual || mode == kTaint) return;
   }
 }

@@ -1,6 +1,7 @@
 // What blocks have in common: the order of their work, and their way out to memory.
 
-// The work of block `index`: tiles of a few heads at a time, so that these heads' arrays stay in cache.
+// The work of block `index`: tiles of a few heads at a time, so that these heads' arrays stay in
+// cache.
 struct Turn { int head, tile; };
 
 DEVICE Turn turn_of(int index, int tiles, int heads) {
@@ -26,8 +27,8 @@ DEVICE void write_elements(const Array& array, char* to, const Acc* from, int co
   for (int c = threadIdx.x & 31; c < columns; c += 32)
     write<T>(to + c * array.column, from[c], array.access, mode);
 }
-// A warp writes its 16 staged rows in the usual case, 16 bytes at a time: row_at(r) is the address of a
-// row, or null.
+// A warp writes its 16 staged rows in the usual case, 16 bytes at a time: row_at(r) is the address
+// of a row, or null.
 template <int kColumns, class RowAt>
 DEVICE void write_chunks(const Acc* stage, int pitch, int columns, RowAt row_at) {
   constexpr int kChunk = 16 / sizeof(Elem), kChunks = kColumns / kChunk;
@@ -42,7 +43,8 @@ DEVICE void write_chunks(const Acc* stage, int pitch, int columns, RowAt row_at)
     *(Chunk*)(to + c * (int)sizeof(Elem)) = chunk;
   }
 }
-DEVICE void write_row(const Params& p, char* to, Acc* partial, const Acc* from, int columns, int mode) {
+DEVICE void write_row(const Params& p, char* to, Acc* partial, const Acc* from, int columns,
+                      int mode) {
   if (p.splits > 1) {
     for (int c = threadIdx.x & 31; c < (columns + 3) / 4 * 4; c += 32)
       write<Acc>((char*)(partial + c), from[c], kElements, mode);
@@ -53,9 +55,11 @@ DEVICE void write_row(const Params& p, char* to, Acc* partial, const Acc* from, 
   }
 }
 
-// c += A B^T over head sizes beyond a tile: load_a(at), load_b(at) bring kColumns columns from `at` on.
+// c += A B^T over head sizes beyond a tile: load_a(at), load_b(at) bring kColumns columns from `at`
+// on.
 template <int kColumns, bool kRounded = false, int M, int N, class LoadA, class LoadB>
-DEVICE void walk_rows(Acc (&c)[M][N][4], const Tile* warp_a, const Tile* b, int size, LoadA load_a, LoadB load_b) {
+DEVICE void walk_rows(Acc (&c)[M][N][4], const Tile* warp_a, const Tile* b, int size, LoadA load_a,
+                      LoadB load_b) {
   for (int at = 0; at < size; at += kColumns) {
     __syncthreads();
     load_a(at);
@@ -70,11 +74,11 @@ DEVICE void walk_rows(Acc (&c)[M][N][4], const Tile* warp_a, const Tile* b, int 
   }
 }
 
-// A warp's blocks of results, through shared memory, to rows of an array: row_at(r) is the address of
-// tile row r, or null. `columns` of the kN x 8 are written.
+// A warp's blocks of results, through shared memory, to rows of an array: row_at(r) is the address
+// of tile row r, or null. `columns` of the kN x 8 are written.
 template <int M, int N, class RowAt>
-DEVICE void write_blocks(const Acc (&c)[M][N][4], Acc factor, char* shared, const Array& array, int columns,
-                         int mode, RowAt row_at) {
+DEVICE void write_blocks(const Acc (&c)[M][N][4], Acc factor, char* shared, const Array& array,
+                         int columns, int mode, RowAt row_at) {
   constexpr int kPitch = N * 8 + 4;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   Acc* const stage = (Acc*)shared + warp * 16 * kPitch;
@@ -87,7 +91,8 @@ DEVICE void write_blocks(const Acc (&c)[M][N][4], Acc factor, char* shared, cons
         stage[(g + (e >> 1) * 8) * kPitch + n * 8 + 2 * t + (e & 1)] = c[m][n][e] * factor;
     __syncwarp();
     if (mode == kUsual && array.access == kVectors) {
-      write_chunks<N * 8>(stage, kPitch, columns, [&](int r) { return row_at((warp * M + m) * 16 + r); });
+      write_chunks<N * 8>(stage, kPitch, columns,
+                          [&](int r) { return row_at((warp * M + m) * 16 + r); });
     } else {
 #pragma unroll 1
       for (int r = 0; r < 16; r++) {
@@ -112,8 +117,8 @@ DEVICE bool any_odd(const Acc (&c)[M][N][4]) {
 }
 
 // Split float32 factors turn an infinite product, or one near it, to NaN. Where a block is computed
-// again such products are made anew, one by one. a_of(place) and b_of(place) are the addresses of the
-// two rows that an element is the product of, null where there is none.
+// again such products are made anew, one by one. a_of(place) and b_of(place) are the addresses of
+// the two rows that an element is the product of, null where there is none.
 __device__ __noinline__ Acc exact_product(const char* a, i64 a_column, i64 a_access, const char* b,
                                           i64 b_column, i64 b_access, int size) {
   Acc sum = 0;
@@ -123,12 +128,14 @@ __device__ __noinline__ Acc exact_product(const char* a, i64 a_column, i64 a_acc
   return sum;
 }
 template <int M, int N, class PlaceOf, class AOf, class BOf>
-DEVICE void repair(Acc (&c)[M][N][4], const Array& a, const Array& b, i64 size, PlaceOf place, AOf a_of, BOf b_of) {
+DEVICE void repair(Acc (&c)[M][N][4], const Array& a, const Array& b, i64 size, PlaceOf place,
+                   AOf a_of, BOf b_of) {
   for_each(c, [&](Acc& x, int m, int n, int e) {
     if (finite(x)) return;
     const char* const from_a = a_of(place(m, n, e));
     const char* const from_b = b_of(place(m, n, e));
-    if (from_a && from_b) x = exact_product(from_a, a.column, a.access, from_b, b.column, b.access, (int)size);
+    if (from_a && from_b)
+      x = exact_product(from_a, a.column, a.access, from_b, b.column, b.access, (int)size);
   });
 }
 
@@ -139,8 +146,8 @@ struct alignas(16) Four { Acc x[4]; };
 DEVICE i64 partial_pitch(const Params& p) { return (p.Dv + 3) / 4 * 4; }
 
 // out = sum w_s out_s, w_s = exp(lse_s - lse), as merge_attention_states does it. The highest lse_s
-// is `high`, and `sum` that of exp(lse_s - high), which weight() gives. An empty part (lse_s = -inf,
-// out_s = 0) has no weight; where all are, `safe` stands for high.
+// is `high`, and `sum` that of exp(lse_s - high), which weight() gives. An empty part (lse_s
+// = -inf, out_s = 0) has no weight; where all are, `safe` stands for high.
 struct Merge {
   Acc high, safe, sum = 0;
 

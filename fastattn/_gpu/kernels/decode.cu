@@ -2,8 +2,8 @@
 //
 // A block takes a split of the keys. Each of its warps walks over tiles of its own, with an online
 // softmax as in forward.cu, and has a ring of kRing tiles of K and V to itself: no warp waits for
-// another, and while a tile is used, the next ones are on their way. At the end the block merges what
-// its warps have, and combine.cu what splits have.
+// another, and while a tile is used, the next ones are on their way. At the end the block merges
+// what its warps have, and combine.cu what splits have.
 //
 // Rows are as in forward.cu. So are the modes, but a warp's own: where it does not end finite, it
 // walks again with the first stage alone, for its results so far lie in the second.

@@ -1,23 +1,24 @@
-// Forward: a block owns kBr query rows and walks over the keys they see, tile by tile, with an online
-// softmax (arXiv 1805.02867, 2307.08691):
+// Forward: a block owns kBr query rows and walks over the keys they see, tile by tile, with an
+// online softmax (arXiv 1805.02867, 2307.08691):
 //
 //     S = Q K^T -> scores, excluded pairs -inf -> P = exp(S - running maximum) -> O = O scale + P V
 //
-// A warp owns kM x 16 rows and all columns, so rows are reduced within four lanes. K has two buffers,
-// V one: V's tile arrives while S is computed, the next K's all along.
+// A warp owns kM x 16 rows and all columns, so rows are reduced within four lanes. K has two
+// buffers, V one: V's tile arrives while S is computed, the next K's all along.
 //
 // Rows are those of one query head; or, where `packed`, those of all query heads of a key head,
 // row = i * group + head in the group, so that few queries share the loads of their keys.
 // With splits > 1 a block sees split_keys keys only, and combine.cu merges the partial results.
 //
-// Excluded pairs have P = 0, but 0 x NaN is NaN: a block whose rows do not all end finite is computed
-// again. kClean: as before, with 0 for what is not finite in V, so that rows that see none of it keep
-// their bits. kScaled, if that is still not finite: V scaled down and scores subtracted before they
-// are multiplied by scale, where sums overflow though their mean does not; replaces what was not
-// finite. kTaint: counts the non-finite numbers of V that each element includes, which make it NaN.
+// Excluded pairs have P = 0, but 0 x NaN is NaN: a block whose rows do not all end finite is
+// computed again. kClean: as before, with 0 for what is not finite in V, so that rows that see none
+// of it keep their bits. kScaled, if that is still not finite: V scaled down and scores subtracted
+// before they are multiplied by scale, where sums overflow though their mean does not; replaces
+// what was not finite. kTaint: counts the non-finite numbers of V that each element includes, which
+// make it NaN.
 //
-// Head sizes beyond the largest tile (kWalk): Q and K arrive in pieces of kD columns, and blocks share
-// out the columns of V.
+// Head sizes beyond the largest tile (kWalk): Q and K arrive in pieces of kD columns, and blocks
+// share out the columns of V.
 
 constexpr int kM = kBr / (16 * kWarps), kN = kBc / 8, kO = kDv / 8;
 // Truncated sums of more than 128 products would be felt in lse.
@@ -34,8 +35,8 @@ forward(const __grid_constant__ Params p) {
   char* const added = (char*)(sK + (kWalk ? 1 : 2) * kBuffer);  // tiles of a mask and bias
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 
-  // This block's work. Tiles of a few heads are in flight together, so that their keys stay in cache,
-  // and the last tiles, the longest under a causal bound, go first.
+  // This block's work. Tiles of a few heads are in flight together, so that their keys stay in
+  // cache, and the last tiles, the longest under a causal bound, go first.
   int index = blockIdx.x;
   const int split = index % (int)p.splits;
   index /= (int)p.splits;
@@ -49,7 +50,9 @@ forward(const __grid_constant__ Params p) {
   const int row0 = ((int)p.tiles - 1 - turn.tile) * kBr, rows = (int)p.Lq * group;
   auto row_of = [&](int r) {
     const int x = row0 + r;
-    return x >= rows ? Row{kFar, 0} : group == 1 ? Row{x, h} : Row{x / group, h * group + x % group};
+    return x >= rows ? Row{kFar, 0}
+        : group == 1 ? Row{x, h}
+                     : Row{x / group, h * group + x % group};
   };
 
   const int column0 = piece * kDv, columns = min_of((int)p.Dv - column0, kDv);
@@ -77,7 +80,8 @@ forward(const __grid_constant__ Params p) {
   };
   auto load_k = [&](Tile* to, int n, int at) {
     const int j = n * kBc;
-    load_tile<kBc, kD>(to, p.k, of_k + j * p.k.row + at * p.k.column, entry.kv_len - j, (int)p.D - at);
+    load_tile<kBc, kD>(to, p.k, of_k + j * p.k.row + at * p.k.column, entry.kv_len - j,
+                       (int)p.D - at);
     copies_commit();
   };
   auto load_v = [&](int n) {
@@ -105,7 +109,8 @@ forward(const __grid_constant__ Params p) {
 
   for (int mode = kUsual, next;; mode = next) {
     Acc o[kM][kO][4], row_max[kM][2], row_sum[kM][2];
-    Acc earlier[kM][kO][4], earlier_sum[kM][2] = {}, since[kM][2];  // of kTwoLevels; scale to this part's
+    // Of kTwoLevels; `since` is the scale to this part's.
+    Acc earlier[kM][kO][4], earlier_sum[kM][2] = {}, since[kM][2];
     clear(o);
     if (kTwoLevels) clear(earlier);
 #pragma unroll
@@ -120,7 +125,8 @@ forward(const __grid_constant__ Params p) {
       load_k(sK, first_step.n, 0);
     }
 #if kOptions
-    if (first_step.n < to) load_added(p, first_step.needs, added, b, h, row0, first_step.n * kBc, row_of);
+    if (first_step.n < to)
+      load_added(p, first_step.needs, added, b, h, row0, first_step.n * kBc, row_of);
     copies_commit();
 #endif
     Step step = first_step, next_step;
@@ -151,7 +157,8 @@ forward(const __grid_constant__ Params p) {
       if (asks_dropout(p)) kept = draw<false, kM, kN>(p, b, n * kBc, place, row_of);
 #endif
       if (!kWalk)
-        multiply_rows<kD / kStep, kScoreParts>(s, warp_q, pitch_of(kD), sK + x % 2 * kBuffer, pitch_of(kD));
+        multiply_rows<kD / kStep, kScoreParts>(s, warp_q, pitch_of(kD), sK + x % 2 * kBuffer,
+                                               pitch_of(kD));
       if (kSplit && mode != kUsual)
         repair(s, p.q, p.k, p.D, place,
                [&](Place at) -> const char* {
@@ -162,7 +169,8 @@ forward(const __grid_constant__ Params p) {
                  const int j = n * kBc + at.c;
                  return j < entry.kv_len ? of_k + j * p.k.row : nullptr;
                });
-      // What only a cut tile needs is computed there: hidden, or it would take the loop's registers.
+      // What only a cut tile needs is computed there: hidden, or it would take the loop's
+      // registers.
       const bool whole = mode == kUsual && all_pairs(entry, first, last, n * kBc, kBc);
       Limits limits[kM][2];
       if (!whole) {
@@ -171,7 +179,8 @@ forward(const __grid_constant__ Params p) {
         for (int m = 0; m < kM; m++)
 #pragma unroll
           for (int half = 0; half < 2; half++)
-            limits[m][half] = keys_of_row(again, row_of(hidden((warp * kM + m) * 16 + half * 8 + g)).i, n * kBc);
+            limits[m][half] =
+                keys_of_row(again, row_of(hidden((warp * kM + m) * 16 + half * 8 + g)).i, n * kBc);
       }
 #if kOptions
       if (asks_softcap(p)) cap(p, s, [](int, int, int, Acc) {});
@@ -223,12 +232,14 @@ forward(const __grid_constant__ Params p) {
           row_sum[m][half] = fma_of(row_sum[m][half], scale[m][half], sum[m][half]);
 #if kOptions
       if (asks_dropout(p) && mode != kTaint)
-        for_each(s, [&](Acc& x, int m, int y, int e) { x = kept(m, y, e) ? x : x * 0; });  // NaN stays
+        // NaN stays.
+        for_each(s, [&](Acc& x, int m, int y, int e) { x = kept(m, y, e) ? x : x * 0; });
 #endif
       copies_wait<kWalk ? 0 : 1>();
       __syncthreads();
 #if kOptions
-      if (next_step.n < to) load_added(p, next_step.needs, added, b, h, row0, next_step.n * kBc, row_of);
+      if (next_step.n < to)
+        load_added(p, next_step.needs, added, b, h, row0, next_step.n * kBc, row_of);
       copies_commit();
 #endif
       if (mode != kUsual) sanitize<kBc, kDv>(sV, mode);
@@ -271,7 +282,8 @@ forward(const __grid_constant__ Params p) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         Acc sum = quad_sum(row_sum[m][half]), high = row_max[m][half];
-        const bool exists = thread_row(m, half).i < entry.q_len, dead = !exists || (high == none && sum == 0);
+        const bool exists = thread_row(m, half).i < entry.q_len,
+                   dead = !exists || (high == none && sum == 0);
         if (high != none) high *= unit;
         Acc factor = (Acc)p.keep_scale;
         if (mode == kScaled) factor *= (Acc)kUp;
@@ -306,14 +318,16 @@ forward(const __grid_constant__ Params p) {
 #pragma unroll
       for (int x = 0; x < kO; x++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) stage[(g + (e >> 1) * 8) * kStage + x * 8 + 2 * t + (e & 1)] = o[m][x][e];
+        for (int e = 0; e < 4; e++)
+          stage[(g + (e >> 1) * 8) * kStage + x * 8 + 2 * t + (e & 1)] = o[m][x][e];
       __syncwarp();
       const bool usual = mode == kUsual && p.splits == 1 && p.out.access == kVectors &&
                          (sizeof(Elem) != 2 || p.out_kind != kF32);
       if (usual)
         write_chunks<kDv>(stage, kStage, columns, [&](int r) -> char* {
           const Row row = row_of((warp * kM + m) * 16 + r);
-          return row.i == kFar ? nullptr : p.out.at(b, row.h) + row.i * p.out.row + column0 * p.out.column;
+          return row.i == kFar ? nullptr
+                               : p.out.at(b, row.h) + row.i * p.out.row + column0 * p.out.column;
         });
 #pragma unroll 1
       for (int r = usual ? 16 : 0; r < 16; r++) {
@@ -321,7 +335,8 @@ forward(const __grid_constant__ Params p) {
         const i64 flat = ((b * p.Hq + row.h) * p.Lq + row.i) * p.splits + split;
         char* const to = p.out.at(b, row.h) + row.i * p.out.row + column0 * p.out.column;
         if (row.i != kFar)
-          write_row(p, to, (Acc*)p.partial_out + flat * partial_pitch(p) + column0, stage + r * kStage, columns, mode);
+          write_row(p, to, (Acc*)p.partial_out + flat * partial_pitch(p) + column0,
+                    stage + r * kStage, columns, mode);
       }
       if (t == 0 && piece == 0 && mode != kTaint)
 #pragma unroll

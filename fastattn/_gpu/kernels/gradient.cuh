@@ -1,16 +1,16 @@
 // What the backward kernels share: a row's numbers, and the gradient of a score.
 
-// Rows of the workspace: per (batch entry, query head) kRowPad-aligned, so that a tile of them can be
-// copied without a look at bounds. lse is +inf in rows that have no pair or do not exist.
+// Rows of the workspace: per (batch entry, query head) kRowPad-aligned, so that a tile of them can
+// be copied without a look at bounds. lse is +inf in rows that have no pair or do not exist.
 constexpr int kRowPad = 128;
 
 DEVICE i64 padded(i64 length) { return (length + kRowPad - 1) / kRowPad * kRowPad; }
 DEVICE i64 row_start(const Params& p, int b, int h) { return (b * p.Hq + h) * padded(p.Lq); }
 
-// P and dS of a pair, from its score, z dP and the row's numbers. In kGeneral z_dp has had delta taken
-// away, and softcap's slope multiplied. kCareful asks whether the pair takes part at all; the usual
-// pass need not: P is 0 where it does not, and a product with 0 that is not 0 makes the block be done
-// again.
+// P and dS of a pair, from its score, z dP and the row's numbers. In kGeneral z_dp has had delta
+// taken away, and softcap's slope multiplied. kCareful asks whether the pair takes part at all; the
+// usual pass need not: P is 0 where it does not, and a product with 0 that is not 0 makes the block
+// be done again.
 struct Gradient { Acc p, ds; };
 
 template <bool kCareful>

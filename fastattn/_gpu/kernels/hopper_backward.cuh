@@ -1,6 +1,6 @@
-// What Hopper's four backward kernels share: hopper_backward_q.cu and hopper_backward_kv.cu, which are
-// fast, and hopper_careful_q.cu and hopper_careful_kv.cu, which follow them as hopper_careful.cu does
-// the forward.
+// What Hopper's four backward kernels share: hopper_backward_q.cu and hopper_backward_kv.cu, which
+// are fast, and hopper_careful_q.cu and hopper_careful_kv.cu, which follow them as
+// hopper_careful.cu does the forward.
 
 // c = A B^T over all columns of two tiles, a batch of products.
 template <int kColumns, int kRowsA, int kRowsB, int N>
@@ -24,22 +24,24 @@ DEVICE void round_to_tile(u32 tile, const float (&c)[N][4], float factor, int r0
 #pragma unroll
   for (int n = 0; n < N; n += 2)
     store_blocks(chunk_at<kRows>(tile, r0 + (lane & 15), chunk0 + n + (lane >> 4)),
-                 pack(Elem(), c[n][0] * factor, c[n][1] * factor), pack(Elem(), c[n][2] * factor, c[n][3] * factor),
+                 pack(Elem(), c[n][0] * factor, c[n][1] * factor),
+                 pack(Elem(), c[n][2] * factor, c[n][3] * factor),
                  pack(Elem(), c[n + 1][0] * factor, c[n + 1][1] * factor),
                  pack(Elem(), c[n + 1][2] * factor, c[n + 1][3] * factor));
 }
 
 // From there to an array, whose row r0 is `to`: `rows` rows, and the columns below `width`.
 template <int kRows, int N>
-DEVICE void write_tile(const char* tile, const Array& array, char* to, int rows, int width, int r0, int chunk0,
-                       int mode) {
+DEVICE void write_tile(const char* tile, const Array& array, char* to, int rows, int width, int r0,
+                       int chunk0, int mode) {
   const int lane = threadIdx.x & 31;
   if (array.access == kVectors && mode != kTaint) {
 #pragma unroll 4
     for (int x = lane; x < 16 * N; x += 32) {
       const int r = x / N, c = chunk0 + x % N;
       if (r < rows && c * 8 < width)
-        *(uint4*)(to + r * array.row + c * 16) = *(const uint4*)(tile + chunk_at<kRows>(0, r0 + r, c));
+        *(uint4*)(to + r * array.row + c * 16) =
+            *(const uint4*)(tile + chunk_at<kRows>(0, r0 + r, c));
     }
   } else {
 #pragma unroll 1
@@ -73,7 +75,8 @@ DEVICE float probable(float s, float log2_unit, float lse) {
   return exp2_of(fma_of(s, log2_unit, -lse * (float)kLog2e));
 }
 
-// Whether a block that careful kernels know by `index` is to be computed again: kEach flags of warps.
+// Whether a block that careful kernels know by `index` is to be computed again: kEach flags of
+// warps.
 template <int kEach>
 DEVICE bool flagged(const Params& p, i64 index) {
   bool any = false;
@@ -83,7 +86,8 @@ DEVICE bool flagged(const Params& p, i64 index) {
 template <int kEach>
 DEVICE bool any_flagged(const Params& p, i64 total) {
   bool any = false;
-  for (i64 index = blockIdx.x + (i64)threadIdx.x * gridDim.x; index < total; index += (i64)gridDim.x * kThreads)
+  for (i64 index = blockIdx.x + (i64)threadIdx.x * gridDim.x; index < total;
+       index += (i64)gridDim.x * kThreads)
     any = any || flagged<kEach>(p, index);
   return __syncthreads_or(any);
 }

@@ -1,17 +1,19 @@
-// dK = scale dS^T Q and dV = P^T dO on Hopper: what backward_kv.cu computes, by a warp that loads and
-// two warpgroups that compute.
+// dK = scale dS^T Q and dV = P^T dO on Hopper: what backward_kv.cu computes, by a warp that loads
+// and two warpgroups that compute.
 //
-//     loader:      K, V, then Q and dO block by block with their rows' lse and delta, each into one of
-//                  kStages buffers, as it gets free
+//     loader:      K, V, then Q and dO block by block with their rows' lse and delta, each into one
+//                  of kStages buffers, as it gets free
 //     warpgroup:   S^T = K Q^T, dP^T = V dO^T, P^T = exp(S^T - lse), dS^T = P^T (dP^T - delta),
 //                  dV += P^T dO, dK += dS^T Q
 //
 // A warp whose results do not all end finite sets its flag, for hopper_careful_kv.cu.
 
 constexpr int kStages = 2;
-constexpr int kBuffers = kBytesK + kBytesV + kStages * (kBytesQ + kBytesO) + 2 * kBytesP + 2 * kStages * kBytesRows;
+constexpr int kBuffers =
+    kBytesK + kBytesV + kStages * (kBytesQ + kBytesO) + 2 * kBytesP + 2 * kStages * kBytesRows;
 constexpr int kComputers = 240, kLoaders = 24;  // registers
-// Whether the last products of a step run on beside the first of the next: where there are registers.
+// Whether the last products of a step run on beside the first of the next: where there are
+// registers.
 constexpr bool kRunsOn = kRowsOf + kOut <= 160;
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -19,9 +21,12 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
                    const __grid_constant__ TensorMap map_o, const __grid_constant__ TensorMap map_k,
                    const __grid_constant__ TensorMap map_v) {
   extern __shared__ __align__(1024) char shared[];
-  const u32 sK = shared_address(shared), sV = sK + kBytesK, sQ = sV + kBytesV, sO = sQ + kStages * kBytesQ;
-  const u32 sP = sO + kStages * kBytesO, sS = sP + kBytesP, sLse = sS + kBytesP, sDelta = sLse + kStages * kBytesRows;
-  const u32 k_full = sK + kBuffers, v_full = k_full + 8, q_full = v_full + 8, q_free = q_full + 8 * kStages;
+  const u32 sK = shared_address(shared), sV = sK + kBytesK, sQ = sV + kBytesV,
+            sO = sQ + kStages * kBytesQ;
+  const u32 sP = sO + kStages * kBytesO, sS = sP + kBytesP, sLse = sS + kBytesP,
+            sDelta = sLse + kStages * kBytesRows;
+  const u32 k_full = sK + kBuffers, v_full = k_full + 8, q_full = v_full + 8,
+            q_free = q_full + 8 * kStages;
   const u32 o_full = q_free + 8 * kStages, o_free = o_full + 8 * kStages;
   if (threadIdx.x == 0) {
     constexpr int kReaders = 4 * kGroups;  // warps
@@ -51,11 +56,13 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
       const i64 row = row_start(p, work.b, step.h) + row0;
       barrier_wait(q_free + 8 * stage, free);
       load_map<kBr, kD>(sQ + stage * kBytesQ, map_q, q_full + 8 * stage, row0, step.h, work.b);
-      load_bytes(sLse + stage * kBytesRows, (const float*)p.row_lse + row, kBytesRows, q_full + 8 * stage);
+      load_bytes(sLse + stage * kBytesRows, (const float*)p.row_lse + row, kBytesRows,
+                 q_full + 8 * stage);
       if (x == 0) load_map<kBc, kDv>(sV, map_v, v_full, work.key0, work.kv_head, work.b);
       barrier_wait(o_free + 8 * stage, free);
       load_map<kBr, kDv>(sO + stage * kBytesO, map_o, o_full + 8 * stage, row0, step.h, work.b);
-      load_bytes(sDelta + stage * kBytesRows, (const float*)p.row_delta + row, kBytesRows, o_full + 8 * stage);
+      load_bytes(sDelta + stage * kBytesRows, (const float*)p.row_delta + row, kBytesRows,
+                 o_full + 8 * stage);
     }
     return;
   }
@@ -122,7 +129,8 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
         for (int e = 0; e < 4; e++) dp[n][e] = s[0][n][e] * (dp[n][e] - delta.x[e & 1]);
       }
       to_factor(of_ds, dp);
-      const u64 rows_o = turned_o + (stage * kBytesO >> 4), rows_q = turned_q + (stage * kBytesQ >> 4);
+      const u64 rows_o = turned_o + (stage * kBytesO >> 4),
+                rows_q = turned_q + (stage * kBytesQ >> 4);
       if constexpr (kShare) {
         store_shared(sS, of_ds, part);
         writes_to_async();

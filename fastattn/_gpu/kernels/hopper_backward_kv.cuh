@@ -1,11 +1,11 @@
-// What the two kernels of dK = scale dS^T Q and dV = P^T dO share. A block owns kBc keys of a key head
-// and walks over blocks of kBr rows that see them, of each query head in turn. Keys are the rows of
-// the products.
+// What the two kernels of dK = scale dS^T Q and dV = P^T dO share. A block owns kBc keys of a key
+// head and walks over blocks of kBr rows that see them, of each query head in turn. Keys are the
+// rows of the products.
 //
-// Up to 128 columns a warpgroup owns 64 keys, and P^T and dS^T are factors as they lie in registers.
-// Sums of wider heads do not fit there: the warpgroups share 64 keys, of S^T and dP^T each makes the
-// columns of its share of the rows, of dK and dV its share of the columns, and P^T and dS^T go through
-// shared memory.
+// Up to 128 columns a warpgroup owns 64 keys, and P^T and dS^T are factors as they lie in
+// registers. Sums of wider heads do not fit there: the warpgroups share 64 keys, of S^T and dP^T
+// each makes the columns of its share of the rows, of dK and dV its share of the columns, and P^T
+// and dS^T go through shared memory.
 
 constexpr int kGroups = 2;  // warpgroups that compute
 constexpr bool kShare = kD > 128;
@@ -52,15 +52,21 @@ struct Step {
     h++;
   }
 };
-DEVICE Step first_step(const Params& p, const Work& work) { return {work.kv_head * (int)p.group, work.from}; }
-DEVICE int steps_of(const Params& p, const Work& work) { return (work.to - work.from) * (int)p.group; }
+DEVICE Step first_step(const Params& p, const Work& work) {
+  return {work.kv_head * (int)p.group, work.from};
+}
+DEVICE int steps_of(const Params& p, const Work& work) {
+  return (work.to - work.from) * (int)p.group;
+}
 
 // Where a warpgroup's part is: of the keys, of a step's rows, of the panels of results.
 struct Part {
   int key, row, panel;
 
   DEVICE explicit Part(int group)
-      : key(kShare ? 0 : group * 64), row(kShare ? group * kRowsOf : 0), panel(kShare ? group * kOut / kPanel : 0) {}
+      : key(kShare ? 0 : group * 64),
+        row(kShare ? group * kRowsOf : 0),
+        panel(kShare ? group * kOut / kPanel : 0) {}
 };
 
 // -inf where a bound excludes a pair: thread key j and the rows from i on.
@@ -71,7 +77,9 @@ DEVICE void exclude(const Params& p, int b, float (&s)[1][kN][4], int j, int i) 
 
 // Numbers of the two rows that a thread's columns 2 n and 2 n + 1 stand for; `rows` are its part's.
 struct alignas(8) Pair { float x[2]; };
-DEVICE Pair pair_of(const float* rows, int n) { return *(const Pair*)(rows + n * 8 + 2 * (threadIdx.x & 3)); }
+DEVICE Pair pair_of(const float* rows, int n) {
+  return *(const Pair*)(rows + n * 8 + 2 * (threadIdx.x & 3));
+}
 
 // A thread's results in the making.
 struct Results {
@@ -90,24 +98,30 @@ struct Results {
   DEVICE static void add(float (&sum)[kO][4], u64 factor, u64 rows) {
     products_fence();
 #pragma unroll
-    for (int k = 0; k < kBr / 16; k++) wgmma<false, true>(sum, factor + row_step<kBc>(k), rows + column_step(k), 1);
+    for (int k = 0; k < kBr / 16; k++)
+      wgmma<false, true>(sum, factor + row_step<kBc>(k), rows + column_step(k), 1);
     products_commit();
   }
   DEVICE bool odd() const { return any_odd(dk) || any_odd(dv); }
 
   // A warp's part to memory, through that of the tiles of K and V.
-  DEVICE void write(const Params& p, const Work& work, const Part& part, char* tile_k, char* tile_v, int mode) const {
-    const int r0 = part.key + (threadIdx.x >> 5) % 4 * 16, key = work.key0 + r0, rows = (int)p.Lk - key;
+  DEVICE void write(const Params& p, const Work& work, const Part& part, char* tile_k, char* tile_v,
+                    int mode) const {
+    const int r0 = part.key + (threadIdx.x >> 5) % 4 * 16, key = work.key0 + r0,
+              rows = (int)p.Lk - key;
     const int chunk0 = part.panel * 8;
     if (p.dk.data) {
-      round_to_tile<kBc>(shared_address(tile_k), dk, mode == kTaint ? 1 : (float)p.scale, r0, chunk0);
+      round_to_tile<kBc>(shared_address(tile_k), dk, mode == kTaint ? 1 : (float)p.scale, r0,
+                         chunk0);
       __syncwarp();
-      write_tile<kBc, kO>(tile_k, p.dk, p.dk.at(work.b, work.kv_head) + key * p.dk.row, rows, (int)p.D, r0, chunk0, mode);
+      write_tile<kBc, kO>(tile_k, p.dk, p.dk.at(work.b, work.kv_head) + key * p.dk.row, rows,
+                          (int)p.D, r0, chunk0, mode);
     }
     if (p.dv.data) {
       round_to_tile<kBc>(shared_address(tile_v), dv, 1, r0, chunk0);
       __syncwarp();
-      write_tile<kBc, kO>(tile_v, p.dv, p.dv.at(work.b, work.kv_head) + key * p.dv.row, rows, (int)p.Dv, r0, chunk0, mode);
+      write_tile<kBc, kO>(tile_v, p.dv, p.dv.at(work.b, work.kv_head) + key * p.dv.row, rows,
+                          (int)p.Dv, r0, chunk0, mode);
     }
   }
 };
@@ -117,6 +131,6 @@ DEVICE void store_shared(u32 tile, const u32 (&factor)[kN / 2][4], const Part& p
   const int lane = threadIdx.x & 31, r = (threadIdx.x >> 5) % 4 * 16 + (lane & 15);
 #pragma unroll
   for (int k = 0; k < kN / 2; k++)
-    store_blocks(chunk_at<kBc>(tile, r, part.row / 8 + 2 * k + (lane >> 4)), factor[k][0], factor[k][1],
-                 factor[k][2], factor[k][3]);
+    store_blocks(chunk_at<kBc>(tile, r, part.row / 8 + 2 * k + (lane >> 4)), factor[k][0],
+                 factor[k][1], factor[k][2], factor[k][3]);
 }

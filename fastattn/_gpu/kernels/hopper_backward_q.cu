@@ -1,5 +1,5 @@
-// dQ = scale dS K on Hopper: what backward_q.cu computes, by a warp that loads and two warpgroups that
-// compute, each 64 query rows.
+// dQ = scale dS K on Hopper: what backward_q.cu computes, by a warp that loads and two warpgroups
+// that compute, each 64 query rows.
 //
 //     loader:      Q, dO, then K and V block by block, each into a buffer, as it gets free
 //     warpgroup:   S = Q K^T, dP = dO V^T, P = exp(S - lse), dS = P (dP - delta), dQ += dS K
@@ -9,7 +9,8 @@
 constexpr int kStagesK = 2, kStagesV = 2 - (kD > 128);
 constexpr int kBuffers = kBytesQ + kBytesO + kStagesK * kBytesK + kStagesV * kBytesV;
 constexpr int kComputers = 240, kLoaders = 24;  // registers
-// Whether the last product of a block runs on beside the first of the next: where there are registers.
+// Whether the last product of a block runs on beside the first of the next: where there are
+// registers.
 constexpr bool kRunsOn = kBc * 5 / 4 + kD / 2 <= 208;
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -17,8 +18,10 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
                   const __grid_constant__ TensorMap map_o, const __grid_constant__ TensorMap map_k,
                   const __grid_constant__ TensorMap map_v) {
   extern __shared__ __align__(1024) char shared[];
-  const u32 sQ = shared_address(shared), sO = sQ + kBytesQ, sK = sO + kBytesO, sV = sK + kStagesK * kBytesK;
-  const u32 q_full = sQ + kBuffers, o_full = q_full + 8, k_full = o_full + 8, k_free = k_full + 8 * kStagesK;
+  const u32 sQ = shared_address(shared), sO = sQ + kBytesQ, sK = sO + kBytesO,
+            sV = sK + kStagesK * kBytesK;
+  const u32 q_full = sQ + kBuffers, o_full = q_full + 8, k_full = o_full + 8,
+            k_free = k_full + 8 * kStagesK;
   const u32 v_full = k_free + 8 * kStagesK, v_free = v_full + 8 * kStagesV;
   if (threadIdx.x == 0) {
     constexpr int kReaders = 4 * kGroups;  // warps
@@ -46,12 +49,14 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
     auto load_k = [&](int x) {
       const int stage = x % kStagesK;
       barrier_wait(k_free + 8 * stage, (x / kStagesK & 1) ^ 1);
-      load_map<kBc, kD>(sK + stage * kBytesK, map_k, k_full + 8 * stage, (work.from + x) * kBc, kv_head, work.b);
+      load_map<kBc, kD>(sK + stage * kBytesK, map_k, k_full + 8 * stage, (work.from + x) * kBc,
+                        kv_head, work.b);
     };
     auto load_v = [&](int x) {
       const int stage = x % kStagesV;
       barrier_wait(v_free + 8 * stage, (x / kStagesV & 1) ^ 1);
-      load_map<kBc, kDv>(sV + stage * kBytesV, map_v, v_full + 8 * stage, (work.from + x) * kBc, kv_head, work.b);
+      load_map<kBc, kDv>(sV + stage * kBytesV, map_v, v_full + 8 * stage, (work.from + x) * kBc,
+                         kv_head, work.b);
     };
     load_k(0);
     load_map<kBr, kDv>(sO, map_o, o_full, work.row0, work.h, work.b);

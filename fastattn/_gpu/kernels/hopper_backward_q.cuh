@@ -1,5 +1,5 @@
-// What the two kernels of dQ = scale dS K share: a warpgroup owns 64 query rows, a thread g and g + 8
-// of its warp's 16, and walks over blocks of kBc keys from the first to the last.
+// What the two kernels of dQ = scale dS K share: a warpgroup owns 64 query rows, a thread g and
+// g + 8 of its warp's 16, and walks over blocks of kBc keys from the first to the last.
 
 constexpr int kGroups = kBr / 64;  // warpgroups that compute
 constexpr int kN = kBc / 8, kO = kD / 8;
@@ -71,7 +71,8 @@ DEVICE bool finish(float (&dq)[kO][4], const Rows& rows) {
 }
 
 // A warp's rows to memory, through its own rows of Q's tile.
-DEVICE void write_rows(const Params& p, const Work& work, const float (&dq)[kO][4], char* tile, int mode) {
+DEVICE void write_rows(const Params& p, const Work& work, const float (&dq)[kO][4], char* tile,
+                       int mode) {
   const int r0 = (threadIdx.x >> 5) % (4 * kGroups) * 16;
   if (!p.dq.data) return;
   round_to_tile<kBr>(shared_address(tile), dq, mode == kTaint ? 1 : (float)p.scale, r0, 0);

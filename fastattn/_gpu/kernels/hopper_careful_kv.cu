@@ -1,5 +1,5 @@
-// dK and dV on Hopper, the careful way: what hopper_backward_kv.cu computes, in the same arithmetic and
-// to the same bits, one thing after the other and loaded by ordinary loads.
+// dK and dV on Hopper, the careful way: what hopper_backward_kv.cu computes, in the same arithmetic
+// and to the same bits, one thing after the other and loaded by ordinary loads.
 //
 // Tiles whose flag is set, which did not all end finite, are computed again in the modes kClean and
 // kTaint of backward_kv.cu. Without flags, for arrays that tensor maps cannot take, all tiles are
@@ -43,16 +43,20 @@ hopper_careful_kv(const __grid_constant__ Params p) {
       Results results;
       results.clear();
       __syncthreads();
-      load_tile_carefully<kBc, kD>(sK, p.k, p.k.at(b, kv_head) + work.key0 * p.k.row, keys, (int)p.D, kUsual);
-      load_tile_carefully<kBc, kDv>(sV, p.v, p.v.at(b, kv_head) + work.key0 * p.v.row, keys, (int)p.Dv, kUsual);
+      load_tile_carefully<kBc, kD>(sK, p.k, p.k.at(b, kv_head) + work.key0 * p.k.row, keys,
+                                   (int)p.D, kUsual);
+      load_tile_carefully<kBc, kDv>(sV, p.v, p.v.at(b, kv_head) + work.key0 * p.v.row, keys,
+                                    (int)p.Dv, kUsual);
       Step step = first_step(p, work);
 #pragma unroll 1
       for (int x = 0; x < steps; x++, step.next(work)) {
         const int h = step.h, row0 = step.n * kBr;
         float s[1][kN][4], dp[kN][4];
         u32 of_p[kN / 2][4], of_ds[kN / 2][4];
-        load_tile_carefully<kBr, kD>(sQ, p.q, p.q.at(b, h) + row0 * p.q.row, q_len - row0, (int)p.D, kUsual);
-        load_tile_carefully<kBr, kDv>(sO, p.dout, p.dout.at(b, h) + row0 * p.dout.row, q_len - row0, (int)p.Dv, kUsual);
+        load_tile_carefully<kBr, kD>(sQ, p.q, p.q.at(b, h) + row0 * p.q.row, q_len - row0, (int)p.D,
+                                     kUsual);
+        load_tile_carefully<kBr, kDv>(sO, p.dout, p.dout.at(b, h) + row0 * p.dout.row, q_len - row0,
+                                      (int)p.Dv, kUsual);
         for (int r = threadIdx.x; r < kBr; r += kThreads) {
           lse_rows[r] = ((const float*)p.row_lse)[row_start(p, b, h) + row0 + r];
           delta_rows[r] = ((const float*)p.row_delta)[row_start(p, b, h) + row0 + r];
@@ -67,10 +71,12 @@ hopper_careful_kv(const __grid_constant__ Params p) {
         exclude(p, b, s, j, row0 + part.row);
 #pragma unroll
         for (int n = 0; n < kN; n++) {
-          const Pair lse = pair_of(lse_rows + part.row, n), delta = pair_of(delta_rows + part.row, n);
+          const Pair lse = pair_of(lse_rows + part.row, n),
+                     delta = pair_of(delta_rows + part.row, n);
 #pragma unroll
           for (int e = 0; e < 4; e++) {
-            const Gradient of = gradient<true>(p, s[0][n][e], dp[n][e], lse.x[e & 1], delta.x[e & 1], mode);
+            const Gradient of =
+                gradient<true>(p, s[0][n][e], dp[n][e], lse.x[e & 1], delta.x[e & 1], mode);
             s[0][n][e] = of.p;
             dp[n][e] = of.ds;
           }

@@ -1,5 +1,5 @@
-// dQ on Hopper, the careful way: what hopper_backward_q.cu computes, in the same arithmetic and to the
-// same bits, one thing after the other and loaded by ordinary loads.
+// dQ on Hopper, the careful way: what hopper_backward_q.cu computes, in the same arithmetic and to
+// the same bits, one thing after the other and loaded by ordinary loads.
 //
 // Tiles whose flag is set, which did not all end finite, are computed again in the modes kClean and
 // kTaint of backward_q.cu. Without flags, for arrays that tensor maps cannot take, all tiles are
@@ -27,7 +27,8 @@ hopper_careful_q(const __grid_constant__ Params p) {
   for (i64 index = blockIdx.x; index < total; index += gridDim.x) {
     if (p.flags && !flagged<kFlags>(p, index)) continue;
     const Work work = work_of(p, index);
-    const int b = work.b, h = work.h, kv_head = h / (int)p.group, i = work.row0 + warp * 16 + (lane >> 2);
+    const int b = work.b, h = work.h, kv_head = h / (int)p.group,
+              i = work.row0 + warp * 16 + (lane >> 2);
     const int q_rows = entry_of(p, b).q_len - work.row0, kv_len = entry_of(p, b).kv_len;
     Rows rows;
     rows.load(p, work, i);
@@ -37,15 +38,19 @@ hopper_careful_q(const __grid_constant__ Params p) {
       float dq[kO][4];
       clear(dq);
       __syncthreads();
-      load_tile_carefully<kBr, kD>(sQ, p.q, p.q.at(b, h) + work.row0 * p.q.row, q_rows, (int)p.D, kUsual);
-      load_tile_carefully<kBr, kDv>(sO, p.dout, p.dout.at(b, h) + work.row0 * p.dout.row, q_rows, (int)p.Dv, kUsual);
+      load_tile_carefully<kBr, kD>(sQ, p.q, p.q.at(b, h) + work.row0 * p.q.row, q_rows, (int)p.D,
+                                   kUsual);
+      load_tile_carefully<kBr, kDv>(sO, p.dout, p.dout.at(b, h) + work.row0 * p.dout.row, q_rows,
+                                    (int)p.Dv, kUsual);
 #pragma unroll 1
       for (int n = work.from; n < work.to; n++) {
         const int j = n * kBc;
         float s[1][kN][4], dp[kN][4];
         u32 factor[kN / 2][4];
-        load_tile_carefully<kBc, kD>(sK, p.k, p.k.at(b, kv_head) + j * p.k.row, kv_len - j, (int)p.D, kUsual);
-        load_tile_carefully<kBc, kDv>(sV, p.v, p.v.at(b, kv_head) + j * p.v.row, kv_len - j, (int)p.Dv, kUsual);
+        load_tile_carefully<kBc, kD>(sK, p.k, p.k.at(b, kv_head) + j * p.k.row, kv_len - j,
+                                     (int)p.D, kUsual);
+        load_tile_carefully<kBc, kDv>(sV, p.v, p.v.at(b, kv_head) + j * p.v.row, kv_len - j,
+                                      (int)p.Dv, kUsual);
         writes_to_async();
         __syncthreads();
         start_product<kD, kBr, kBc>(s[0], of_q, of_k);
@@ -58,7 +63,8 @@ hopper_careful_q(const __grid_constant__ Params p) {
         for (int y = 0; y < kN; y++)
 #pragma unroll
           for (int e = 0; e < 4; e++)
-            dp[y][e] = gradient<true>(p, s[0][y][e], dp[y][e], rows.lse[e >> 1], rows.delta[e >> 1], mode).ds;
+            dp[y][e] = gradient<true>(p, s[0][y][e], dp[y][e], rows.lse[e >> 1],
+                                      rows.delta[e >> 1], mode).ds;
         to_factor(factor, dp);
         __syncthreads();
         if (mode != kUsual) {

@@ -57,8 +57,8 @@ DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], f1
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[2 * s]), "r"(a[2 * s + 1]), "r"(b[s]));
 }
-// No instruction for these on Turing: lanes hand one another the numbers of the same layout. Called,
-// not inlined, as its code is long and it is everywhere.
+// No instruction for these on Turing: lanes hand one another the numbers of the same layout.
+// Called, not inlined, as its code is long and it is everywhere.
 template <class T>
 struct Block { T x[4]; };
 
@@ -82,7 +82,8 @@ __device__ __noinline__ Block<T> multiply_add_by_lanes(Block<T> c, Block<T> a, T
 }
 template <class T>
 DEVICE void multiply_add(T (&c)[4], const T (&a)[4], const T (&b)[2]) {
-  const Block<T> sum = multiply_add_by_lanes<T>({{c[0], c[1], c[2], c[3]}}, {{a[0], a[1], a[2], a[3]}}, b[0], b[1]);
+  const Block<T> sum =
+      multiply_add_by_lanes<T>({{c[0], c[1], c[2], c[3]}}, {{a[0], a[1], a[2], a[3]}}, b[0], b[1]);
 #pragma unroll
   for (int e = 0; e < 4; e++) c[e] = sum.x[e];
 }
@@ -98,8 +99,8 @@ template <> struct FactorB<double> { double x[2]; };
 #if kArch >= 80
 template <> struct FactorA<float> { u32 hi[4], lo[4]; };
 template <> struct FactorB<float> { u32 hi[2], lo[2]; };
-// hi is x rounded to the 11 bits of a tf32 number; the instruction takes as much of lo. NaN stays in
-// one of the two.
+// hi is x rounded to the 11 bits of a tf32 number; the instruction takes as much of lo. NaN stays
+// in one of the two.
 DEVICE void split(u32& hi, u32& lo, float x) {
   hi = (u32)__float_as_int(x) + 0x1000 & 0xffffe000;
   lo = __float_as_int(x - __int_as_float(hi));
@@ -262,7 +263,8 @@ DEVICE void clear(Acc (&c)[M][N][4]) {
 constexpr int kParts = sizeof(Tile) == 2 ? 0 : 4;
 
 template <int kSteps, int kEvery = kParts, int M, int N>
-DEVICE void multiply_rows(Acc (&c)[M][N][4], const Tile* a, int pitch_a, const Tile* b, int pitch_b) {
+DEVICE void multiply_rows(Acc (&c)[M][N][4], const Tile* a, int pitch_a, const Tile* b,
+                          int pitch_b) {
   constexpr bool kApart = kEvery != 0 && kEvery < kSteps || kSplit;
   Acc part[kApart ? M : 1][kApart ? N : 1][4], small[kSplit ? M : 1][kSplit ? N : 1][4];
 #pragma unroll
@@ -308,7 +310,8 @@ DEVICE f16 cut(f16 x) { return {(u16)(finite(x) ? x.bits & 0xffc0 : x.bits)}; }
 DEVICE bf16 cut(bf16 x) { return {(u16)(finite(x) ? x.bits & 0xfff0 : x.bits)}; }
 
 template <class T>
-DEVICE void multiply_add_apart(Acc (&few)[4], Acc (&rest)[4], const FactorA<T>& a, const FactorB<T>& b) {
+DEVICE void multiply_add_apart(Acc (&few)[4], Acc (&rest)[4], const FactorA<T>& a,
+                               const FactorB<T>& b) {
   u32 of_few[4], of_rest[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -326,7 +329,8 @@ DEVICE void multiply_add_apart(Acc (&few)[4], Acc (&rest)[4], const FactorA<T>& 
 constexpr bool kTruncates = sizeof(Tile) == 2;
 
 template <int kSteps, int M, int N>
-DEVICE void multiply_rows_rounded(Acc (&c)[M][N][4], const Tile* a, int pitch_a, const Tile* b, int pitch_b) {
+DEVICE void multiply_rows_rounded(Acc (&c)[M][N][4], const Tile* a, int pitch_a, const Tile* b,
+                                  int pitch_b) {
   if constexpr (!kTruncates) {
     multiply_rows<kSteps>(c, a, pitch_a, b, pitch_b);
   } else {
@@ -420,20 +424,22 @@ DEVICE void multiply_blocks(Acc (&c)[M][N][4], const Acc (&p)[M][K][4], const Ti
 
 // ---------------------------------------------------------------- long sums
 
-// Sums of float64 over many tiles have two levels: c is the part of every so many rows of the tiles'
-// array, which joins the sum of earlier parts.
+// Sums of float64 over many tiles have two levels: c is the part of every so many rows of the
+// tiles' array, which joins the sum of earlier parts.
 constexpr bool kTwoLevels = sizeof(Tile) == 8;
 constexpr int kRowsOfPart = 512;
 
 // c += earlier parts x scale of their row.
 template <bool kRescale, int M, int N>
-DEVICE void add_earlier(Acc (&c)[M][N][4], const Acc (&earlier)[M][N][4], const Acc (&scale)[M][2]) {
+DEVICE void add_earlier(Acc (&c)[M][N][4], const Acc (&earlier)[M][N][4],
+                        const Acc (&scale)[M][2]) {
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) c[m][n][e] = fma_of(earlier[m][n][e], kRescale ? scale[m][e >> 1] : 1, c[m][n][e]);
+      for (int e = 0; e < 4; e++)
+        c[m][n][e] = fma_of(earlier[m][n][e], kRescale ? scale[m][e >> 1] : 1, c[m][n][e]);
 }
 template <bool kRescale, int M, int N>
 DEVICE void end_part(Acc (&earlier)[M][N][4], Acc (&c)[M][N][4], const Acc (&scale)[M][2]) {

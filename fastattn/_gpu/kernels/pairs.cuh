@@ -1,23 +1,31 @@
 // Which pairs (i, j) take part, and what is added to their scores: the one place that knows.
 //
 // Bounds that move along with i (causal, window) or end an axis (lengths) make whole tiles empty or
-// full; only tiles that a bound cuts are masked. So do masks and segments, by what survey.cu has found
-// in a tile; where a tile is mixed, segment ids are compared, and the numbers of a mask or bias come
-// through shared memory. These, ALiBi, softcap and dropout are the options of kGeneral: each is a step
-// over a warp's blocks, which is left out where it is not asked for.
+// full; only tiles that a bound cuts are masked. So do masks and segments, by what survey.cu has
+// found in a tile; where a tile is mixed, segment ids are compared, and the numbers of a mask or
+// bias come through shared memory. These, ALiBi, softcap and dropout are the options of kGeneral:
+// each is a step over a warp's blocks, which is left out where it is not asked for.
 
 constexpr int kFar = 1 << 30;               // beyond any axis
 constexpr i64 kFarthest = (i64)1 << 61;     // an offset of the device's may be anything
 
-// The element-wise options. A kernel is compiled with kOptions: none, one of them, or all, of which a
-// problem then has some. Masks and biases come as truths or as numbers.
-enum Option { kSoftcap = 1, kAlibi = 2, kDropout = 4, kBools = 8, kNumbers = 16, kSegments = 32, kAll = 63 };
+// The element-wise options. A kernel is compiled with kOptions: none, one of them, or all, of which
+// a problem then has some. Masks and biases come as truths or as numbers.
+enum Option {
+  kSoftcap = 1, kAlibi = 2, kDropout = 4, kBools = 8, kNumbers = 16, kSegments = 32, kAll = 63
+};
 
 constexpr bool kGeneral = kOptions != 0;
 constexpr bool has(Option option) { return (kOptions & option) != 0; }
-DEVICE bool asks_softcap(const Params& p) { return has(kSoftcap) && (kOptions != kAll || p.softcap != 0); }
-DEVICE bool asks_alibi(const Params& p) { return has(kAlibi) && (kOptions != kAll || p.alibi_slopes); }
-DEVICE bool asks_dropout(const Params& p) { return has(kDropout) && (kOptions != kAll || p.dropout_threshold); }
+DEVICE bool asks_softcap(const Params& p) {
+  return has(kSoftcap) && (kOptions != kAll || p.softcap != 0);
+}
+DEVICE bool asks_alibi(const Params& p) {
+  return has(kAlibi) && (kOptions != kAll || p.alibi_slopes);
+}
+DEVICE bool asks_dropout(const Params& p) {
+  return has(kDropout) && (kOptions != kAll || p.dropout_threshold);
+}
 
 struct Row { int i, h; };  // a query and its head; i = kFar where there is none
 
@@ -70,7 +78,8 @@ DEVICE void for_each(Acc (&s)[M][N][4], Visit visit) {
 
 // ---------------------------------------------------------------- dropout
 
-// Philox4x32-7 (Salmon et al., 2011): word j % 4 of counter (j / 4, i, h, b) belongs to pair (i, j).
+// Philox4x32-7 (Salmon et al., 2011): word j % 4 of counter (j / 4, i, h, b) belongs to pair
+// (i, j).
 struct Words { u32 x[4]; };
 struct Keys { u32 x[7][2]; };  // of its rounds
 
@@ -106,9 +115,10 @@ struct Kept {
   }
 };
 
-// A call of Philox makes the words of four neighbouring keys. Lanes that share them take a call each
-// and exchange what came of it: two lanes where keys are the columns of blocks, of which one makes row
-// g, the other row g + 8; four lanes where keys are the rows. row_of(r) is the query of tile row r.
+// A call of Philox makes the words of four neighbouring keys. Lanes that share them take a call
+// each and exchange what came of it: two lanes where keys are the columns of blocks, of which one
+// makes row g, the other row g + 8; four lanes where keys are the rows. row_of(r) is the query of
+// tile row r.
 template <bool kKeysAreRows, int M, int N, class PlaceOf, class RowOf>
 DEVICE Kept<M, N> draw(const Params& p, int b, int j0, PlaceOf place, RowOf row_of) {
   using Bits = Kept<M, N>;
@@ -166,9 +176,10 @@ DEVICE int needs_of(const Params& p, int b, int h, int row_tile, int key_tile) {
   int needs = 0;
   if (has(kBools) && p.bools) needs |= kAddBools;
   if (has(kNumbers) && p.numbers_size) needs |= kAddNumbers;
-  if ((has(kBools) || has(kNumbers)) && p.tile_needs)  // all that there is, or what survey.cu has found
-    needs = ((const u8*)p.tile_needs)[b * p.needs_batch + h * p.needs_head + row_tile * p.needs_row +
-                                      key_tile * p.needs_key];
+  // All that there is, or what survey.cu has found.
+  if ((has(kBools) || has(kNumbers)) && p.tile_needs)
+    needs = ((const u8*)p.tile_needs)[b * p.needs_batch + h * p.needs_head +
+                                      row_tile * p.needs_row + key_tile * p.needs_key];
   if (has(kSegments) && p.q_segment_ids.data) {
     if (p.row_ids) {
       const i64* const row = (const i64*)p.row_ids + 2 * (b * p.row_tiles + row_tile);
@@ -183,10 +194,12 @@ DEVICE int needs_of(const Params& p, int b, int h, int row_tile, int key_tile) {
   return needs;
 }
 
-// Tiles of a mask and bias in shared memory: truths as they are, then numbers, of 16 bits as they are,
-// else Acc. A tile has a single row where all its rows are alike.
+// Tiles of a mask and bias in shared memory: truths as they are, then numbers, of 16 bits as they
+// are, else Acc. A tile has a single row where all its rows are alike.
 DEVICE int bools_pitch(const Params& p) { return p.bools_one_row ? 0 : kBc + 16; }
-DEVICE int numbers_pitch(const Params& p) { return p.numbers_one_row ? 0 : (kBc + 8) * (int)p.numbers_size; }
+DEVICE int numbers_pitch(const Params& p) {
+  return p.numbers_one_row ? 0 : (kBc + 8) * (int)p.numbers_size;
+}
 DEVICE char* numbers_at(const Params& p, char* added) {
   return added + (has(kBools) && p.bools ? (p.bools_one_row ? 1 : kBr) * (kBc + 16) : 0);
 }
@@ -203,8 +216,8 @@ DEVICE void copy_tile(char* to, int pitch, const char* from, i64 stride, int row
   }
 }
 
-// Eight neighbouring numbers of a mask or bias, of which `count` exist, are added to x; -inf and False
-// make it -inf whatever else is added.
+// Eight neighbouring numbers of a mask or bias, of which `count` exist, are added to x; -inf and
+// False make it -inf whatever else is added.
 DEVICE void add_eight(Acc (&x)[8], const Array& array, i64 kind, const char* at, int count) {
   const Acc none = -infinity(Acc());
   Acc y[8] = {};
@@ -237,15 +250,16 @@ DEVICE void add_eight(Acc (&x)[8], const Array& array, i64 kind, const char* at,
   for (int e = 0; e < 8; e++) x[e] = y[e] == none || x[e] == none ? none : x[e] + y[e];
 }
 
-// Bring the tiles of a mask and bias for a tile of scores to shared memory, as far as it asks for them.
-// Its first row is row0 of head h, its first key j0; row_of(r) is its row r.
+// Bring the tiles of a mask and bias for a tile of scores to shared memory, as far as it asks for
+// them. Its first row is row0 of head h, its first key j0; row_of(r) is its row r.
 template <class RowOf>
 DEVICE void load_added(const Params& p, int needs, char* added, int b, int h, int row0, int j0,
                        RowOf row_of) {
   const int rows = (int)p.Lq - row0, columns = (int)p.Lk - j0;
   if (asks_bools(needs)) {
     const Array& array = p.attn_mask;
-    copy_tile<1>(added, bools_pitch(p), array.at(b, h) + row0 * array.row + j0, array.row, rows, columns);
+    copy_tile<1>(added, bools_pitch(p), array.at(b, h) + row0 * array.row + j0, array.row, rows,
+                 columns);
   }
   if (!asks_numbers(needs)) return;
   char* const to = numbers_at(p, added);
@@ -307,13 +321,14 @@ DEVICE void keep_within(Acc (&s)[M][N][4], LimitsOf limits) {
 
 // Scores are in natural units where something is added to them, else in units of 1 / scale.
 DEVICE bool in_natural_units(const Params& p) {
-  return kOptions == kSoftcap || kOptions == kAlibi || kOptions == kNumbers || (kOptions == kAll && p.natural);
+  return kOptions == kSoftcap || kOptions == kAlibi || kOptions == kNumbers ||
+      (kOptions == kAll && p.natural);
 }
 
 // |i + offset - j| of each element is told to visit(x, m, n, e, distance).
 template <bool kKeysAreRows, int M, int N, class PlaceOf, class RowOf, class Visit>
-DEVICE void with_distances(const Entry& entry, Acc (&s)[M][N][4], int j0, PlaceOf place, RowOf row_of,
-                           Visit visit) {
+DEVICE void with_distances(const Entry& entry, Acc (&s)[M][N][4], int j0, PlaceOf place,
+                           RowOf row_of, Visit visit) {
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
@@ -332,7 +347,8 @@ DEVICE void with_distances(const Entry& entry, Acc (&s)[M][N][4], int j0, PlaceO
 
 // combine(x, y) of each element and what a tile of a mask or bias holds for it.
 template <bool kKeysAreRows, class T, int M, int N, class PlaceOf, class Combine>
-DEVICE void with_added(Acc (&s)[M][N][4], const char* added, int pitch, PlaceOf place, Combine combine) {
+DEVICE void with_added(Acc (&s)[M][N][4], const char* added, int pitch, PlaceOf place,
+                       Combine combine) {
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
@@ -374,7 +390,8 @@ DEVICE void add_numbers(Acc (&s)[M][N][4], Acc factor, const char* numbers, int 
 }
 
 // Softcap, cap tanh(s / cap) of products q . k, whose derivative without `scale` is told to
-// visit(m, n, e, slope). tanh(y) = y + y t; where no y of the warp is large, t is a short polynomial.
+// visit(m, n, e, slope). tanh(y) = y + y t; where no y of the warp is large, t is a short
+// polynomial.
 constexpr float kSmall = 0.6f;
 
 template <int M, int N, class Visit>
@@ -414,8 +431,8 @@ DEVICE void cap(const Params& p, Acc (&s)[M][N][4], Visit visit) {
 
 // Products q . k, capped where that is asked for, become scores by all other options but bounds.
 template <bool kKeysAreRows, int M, int N, class PlaceOf, class RowOf>
-DEVICE void apply_options(const Params& p, const Entry& entry, Acc (&s)[M][N][4], int needs, int mode,
-                          char* added, int j0, PlaceOf place, RowOf row_of) {
+DEVICE void apply_options(const Params& p, const Entry& entry, Acc (&s)[M][N][4], int needs,
+                          int mode, char* added, int j0, PlaceOf place, RowOf row_of) {
   const Acc none = -infinity(Acc());
   Acc factor = (Acc)(in_natural_units(p) && !asks_softcap(p) ? p.scale : 1);  // still to come
   if (asks_alibi(p)) {
@@ -425,9 +442,10 @@ DEVICE void apply_options(const Params& p, const Entry& entry, Acc (&s)[M][N][4]
 #pragma unroll
       for (int half = 0; half < 2; half++)
         slopes[m][half] = -((const Acc*)p.alibi_slopes)[row_of(place(m, 0, 2 * half).r).h];
-    with_distances<kKeysAreRows>(entry, s, j0, place, row_of, [&](Acc& x, int m, int, int e, Acc distance) {
-      x = fma_of(x, factor, slopes[m][e >> 1] * distance);
-    });
+    with_distances<kKeysAreRows>(entry, s, j0, place, row_of,
+                                 [&](Acc& x, int m, int, int e, Acc distance) {
+                                   x = fma_of(x, factor, slopes[m][e >> 1] * distance);
+                                 });
     factor = 1;
   }
   if (asks_numbers(needs)) {
@@ -436,15 +454,18 @@ DEVICE void apply_options(const Params& p, const Entry& entry, Acc (&s)[M][N][4]
     if constexpr (kOptions == kNumbers) {
       add_numbers<kKeysAreRows, Elem>(s, factor, numbers, pitch, mode, place);
     } else {
-      if (p.numbers_size > 2) add_numbers<kKeysAreRows, Acc>(s, factor, numbers, pitch, mode, place);
-      else if (p.numbers_kind == kF16) add_numbers<kKeysAreRows, f16>(s, factor, numbers, pitch, mode, place);
+      if (p.numbers_size > 2)
+        add_numbers<kKeysAreRows, Acc>(s, factor, numbers, pitch, mode, place);
+      else if (p.numbers_kind == kF16)
+        add_numbers<kKeysAreRows, f16>(s, factor, numbers, pitch, mode, place);
       else add_numbers<kKeysAreRows, bf16>(s, factor, numbers, pitch, mode, place);
     }
     factor = 1;
   }
   if (factor != 1) for_each(s, [&](Acc& x, int, int, int) { x *= factor; });
   if (asks_bools(needs))
-    with_added<kKeysAreRows, u8>(s, added, bools_pitch(p), place, [&](Acc& x, u32 y) { x = y ? x : none; });
+    with_added<kKeysAreRows, u8>(s, added, bools_pitch(p), place,
+                                 [&](Acc& x, u32 y) { x = y ? x : none; });
   if (asks_ids(needs)) {
     auto id = [&](const Array& of, int at, i64 end) {
       return load<i64>(of.at(entry.b, 0) + min_of((i64)at, end - 1) * of.row, of.access);

@@ -20,13 +20,17 @@ reduce(const __grid_constant__ Params p) {
   Total own;
   if (p.slices > 0) {
     i64 index = blockIdx.x;
-    for (int x = threadIdx.x; x < p.slices; x += kThreads) own.add(((const double*)p.sums)[index * p.slices + x]);
+    for (int x = threadIdx.x; x < p.slices; x += kThreads)
+      own.add(((const double*)p.sums)[index * p.slices + x]);
     const double sum = block_sum(own.sum());
     if (threadIdx.x) return;
-    const i64 columns = p.column_sums ? 1 : p.Lk, rows = p.row_sums ? 1 : p.Lq, heads = p.head_sums ? 1 : p.Hq;
-    const i64 column = index % columns, row = index / columns % rows, h = index / columns / rows % heads;
+    const i64 columns = p.column_sums ? 1 : p.Lk, rows = p.row_sums ? 1 : p.Lq,
+              heads = p.head_sums ? 1 : p.Hq;
+    const i64 column = index % columns, row = index / columns % rows,
+              h = index / columns / rows % heads;
     char* const to = p.dbias.at(batch_of(p, index / columns / rows / heads), (int)h);
-    store_number(to + row * p.dbias.row + column * p.dbias.column, sum, p.dbias.access, p.dbias_kind);
+    store_number(to + row * p.dbias.row + column * p.dbias.column, sum, p.dbias.access,
+                 p.dbias_kind);
     return;
   }
   const int h = blockIdx.x;

@@ -1,11 +1,12 @@
 // What masks and segments leave of tiles of scores, ahead of a kernel that walks over them, for
-// `needs_of` in pairs.cuh. A block looks at a tile of attn_mask, tile_rows x tile_keys, or of segment
-// ids: first come the masks' blocks, then those of queries' ids, then those of keys'.
+// `needs_of` in pairs.cuh. A block looks at a tile of attn_mask, tile_rows x tile_keys, or of
+// segment ids: first come the masks' blocks, then those of queries' ids, then those of keys'.
 
 DEVICE void survey_mask(const Params& p, i64 index) {
   const i64 keys = p.needs_key ? p.column_tiles : 1, rows = p.needs_row ? p.row_tiles : 1;
   const i64 heads = p.needs_head ? p.Hq : 1;
-  const i64 key_tile = index % keys, row_tile = index / keys % rows, h = index / keys / rows % heads;
+  const i64 key_tile = index % keys, row_tile = index / keys % rows,
+            h = index / keys / rows % heads;
   const i64 b = index / keys / rows / heads;
   const i64 i0 = row_tile * p.tile_rows, j0 = key_tile * p.tile_keys;
   const int height = p.needs_row ? (int)min_of(p.tile_rows, p.Lq - i0) : 1;
@@ -21,7 +22,8 @@ DEVICE void survey_mask(const Params& p, i64 index) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         some = some || parts[i];
-        const u32 set = (parts[i] & 0x7f7f7f7f) + 0x7f7f7f7f | parts[i];  // in each byte's highest bit
+        const u32 set =
+            (parts[i] & 0x7f7f7f7f) + 0x7f7f7f7f | parts[i];  // in each byte's highest bit
         all = all && (set & 0x80808080) == 0x80808080;
       }
     }
@@ -48,8 +50,8 @@ DEVICE void survey_mask(const Params& p, i64 index) {
 }
 
 // The least and the greatest id of a tile.
-DEVICE void survey_ids(const Params& p, const Array& ids, i64 length, i64 tile, i64 tiles, i64 index,
-                       void* to) {
+DEVICE void survey_ids(const Params& p, const Array& ids, i64 length, i64 tile, i64 tiles,
+                       i64 index, void* to) {
   __shared__ i64 lows[kWarps], highs[kWarps];
   const i64 b = index / tiles, start = index % tiles * tile, end = min_of(start + tile, length);
   i64 low = 0x7fffffffffffffffll, high = -low - 1;
@@ -84,5 +86,6 @@ survey(const __grid_constant__ Params p) {
   index -= p.mask_tiles;
   if (index < p.batch * p.row_tiles)
     return survey_ids(p, p.q_segment_ids, p.Lq, p.tile_rows, p.row_tiles, index, p.row_ids);
-  survey_ids(p, p.kv_segment_ids, p.Lk, p.tile_keys, p.column_tiles, index - p.batch * p.row_tiles, p.key_ids);
+  survey_ids(p, p.kv_segment_ids, p.Lk, p.tile_keys, p.column_tiles, index - p.batch * p.row_tiles,
+             p.key_ids);
 }
