@@ -966,21 +966,27 @@ HOPPER_HEADS = [
 ]  # fmt: skip
 
 
+def hopper_cases(rng, sizes, name, **heads):
+    """A case for each (Lq, Lk, dtype): at each length something else is cut."""
+    for Lq, Lk, dtype in sizes:
+        options = dict(HOPPER_OPTIONS[name])
+        for lens, longest in (("q_lens", Lq), ("kv_lens", Lk)):
+            if lens in options:
+                options[lens] = np.minimum(options[lens], longest)
+        yield make_case(
+            rng, DTYPES[dtype], lead=(2,), Hq=4, Hkv=2, Lq=Lq, Lk=Lk, **heads, **options
+        )
+
+
 @pytest.mark.parametrize("name", HOPPER_OPTIONS)
 @pytest.mark.parametrize(("D", "Dv"), HOPPER_HEADS)
 def test_hopper_forward_keeps_to_the_oracle_either_way(D, Dv, name, ways, rng):
-    """To the same bits; at each length something else is cut."""
-    for Lq, Lk, dtype in ((300, 257, "bfloat16"), (65, 128, "float16"), (193, 63, "bfloat16")):
-        options = HOPPER_OPTIONS[name]
-        if name == "lens":
-            options = options | dict(q_lens=np.minimum(options["q_lens"], Lq))
-            options["kv_lens"] = np.minimum(options["kv_lens"], Lk)
-        case = make_case(
-            rng, DTYPES[dtype], lead=(2,), Hq=4, Hkv=2, Lq=Lq, Lk=Lk, D=D, Dv=Dv, **options
-        )
+    """To the same bits."""
+    sizes = ((300, 257, "bfloat16"), (65, 128, "float16"), (193, 63, "bfloat16"))
+    for case in hopper_cases(rng, sizes, name, D=D, Dv=Dv):
         ways.only_loads = False
         result = case.forward()
-        assert_forward(case.q, case.k, case.v, *result, **options)
+        assert_forward(case.q, case.k, case.v, *result, **case.options)
         ways.only_loads = True
         assert_same_bits(case.forward()._asdict(), result._asdict())
         assert ways[-2:] == ["maps", "loads"]
@@ -989,15 +995,9 @@ def test_hopper_forward_keeps_to_the_oracle_either_way(D, Dv, name, ways, rng):
 @pytest.mark.parametrize("name", HOPPER_OPTIONS)
 @pytest.mark.parametrize(("D", "Dv"), HOPPER_HEADS)
 def test_hopper_backward_keeps_to_the_oracle_either_way(D, Dv, name, ways, rng):
-    """To the same bits; at each length something else is cut."""
-    for Lq, Lk, dtype in ((300, 257, "bfloat16"), (65, 128, "float16"), (1, 63, "bfloat16")):
-        options = HOPPER_OPTIONS[name]
-        if name == "lens":
-            options = options | dict(q_lens=np.minimum(options["q_lens"], Lq))
-            options["kv_lens"] = np.minimum(options["kv_lens"], Lk)
-        case = make_case(
-            rng, DTYPES[dtype], lead=(2,), Hq=4, Hkv=2, Lq=Lq, Lk=Lk, D=D, Dv=Dv, **options
-        )
+    """To the same bits."""
+    sizes = ((300, 257, "bfloat16"), (65, 128, "float16"), (1, 63, "bfloat16"))
+    for case in hopper_cases(rng, sizes, name, D=D, Dv=Dv):
         ways.only_loads = False
         results = case.check()
         assert ways[-2:] == ["maps", "maps"]
