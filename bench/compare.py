@@ -1,4 +1,4 @@
-"""Compare fastattn with the other attentions that are installed, on this machine.
+r"""Compare fastattn with the other attentions that are installed, on this machine.
 
     pip install .[bench]                       # matplotlib, ml_dtypes, onnx, and the libraries
     python bench/compare.py                    # the shapes of shapes/peers.txt, float32, forward
@@ -111,6 +111,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", help="path of results, without suffix [bench/results/...]")
     gpu.add_arguments(parser)
     options = parser.parse_args()
+    if min(options.rounds, options.threads) < 1:
+        parser.error("--rounds and --threads are at least 1")
     modes = ("memory", "accuracy", "gpu")
     mode = next((name for name in modes if getattr(options, name)), "compare")
     if unknown := set(options.only or ()) - set(GPU_PEERS if options.gpu else PEERS):
