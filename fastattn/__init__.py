@@ -22,7 +22,7 @@ Importing the package imports NumPy and nothing else; `_gpu` is imported at the 
 """
 
 try:
-    from fastattn import _cpu as _cpu
+    from fastattn import attention
 except ImportError:
     from importlib.util import find_spec
 
@@ -33,7 +33,6 @@ except ImportError:
         "another folder than this clone, else build it here: pip install -e ."
     ) from None
 
-from fastattn import attention
 from fastattn.attention import scaled_dot_product_attention
 from fastattn.introspect import show_config
 from fastattn.softmax import safe_softmax, safe_softmax_backward
