@@ -163,7 +163,7 @@ include "_cpu_forward.pxi"
 include "_cpu_backward.pxi"
 
 
-# ---- the two functions of a backend ---------------------------------------------------------------
+# ---- the two functions of a backend --------------------------------------------------------------
 
 def forward(problem, cnp.ndarray out not None, cnp.ndarray lse not None):
     """Fill out, of q's dtype or float32, and lse, of the accumulation dtype; any strides."""
@@ -188,8 +188,8 @@ def forward(problem, cnp.ndarray out not None, cnp.ndarray lse not None):
         free(memory)
 
 
-def backward(problem, cnp.ndarray dout not None, cnp.ndarray out not None, cnp.ndarray lse not None, dlse,
-             dq, dk, dv, dbias, dsinks, dalibi_slopes):
+def backward(problem, cnp.ndarray dout not None, cnp.ndarray out not None,
+             cnp.ndarray lse not None, dlse, dq, dk, dv, dbias, dsinks, dalibi_slopes):
     """Fill the gradients that are not None; see fastattn._backends.Backend."""
     cdef Job job
     fill_job(&job, problem, True)
@@ -217,10 +217,11 @@ def backward(problem, cnp.ndarray dout not None, cnp.ndarray out not None, cnp.n
             dalibi_slopes[...] = slope_sums.sum(axis=1)
     if dbias is not None:
         set_array(&job.dbias, dbias, job.lead_dims)
-        backward_bias(&job, problem.num_threads, list(zip(dbias.shape, dbias.strides))[:dbias.ndim - 2])
+        axes = list(zip(dbias.shape, dbias.strides))[:dbias.ndim - 2]
+        backward_bias(&job, problem.num_threads, axes)
 
 
-# ---- which kernels, how many threads ------------------------------------------------------------------------
+# ---- which kernels, how many threads -------------------------------------------------------------
 
 cdef const fa_isa *isa_in_use = NULL
 
@@ -230,7 +231,8 @@ cdef const fa_isa *find_isa(name, who) except NULL:
         if fa_isas[i].name.decode() == name:
             missing = fa_isa_missing(fa_isas[i].name).decode()
             if missing:
-                raise RuntimeError(f"{who} is {name!r}, which cannot run here: this machine lacks {missing}")
+                raise RuntimeError(
+                    f"{who} is {name!r}, which cannot run here: this machine lacks {missing}")
             return &fa_isas[i]
     names = ", ".join(row["name"] for row in isa_table())
     raise ValueError(f"{who} is {name!r}; expected one of: {names}")
@@ -258,7 +260,7 @@ cdef const fa_kernels *kernels_for(str dtype) except NULL:
     return chosen.f32
 
 def current_isa():
-    """The name of the ISA whose kernels run; ValueError or RuntimeError for a bad FASTATTN_CPU_ISA."""
+    """The name of the ISA whose kernels run; an error for a FASTATTN_CPU_ISA that cannot be."""
     return isa().name.decode()
 
 def use_isa(name):
@@ -269,8 +271,8 @@ def use_isa(name):
     return before
 
 def isa_table():
-    """Every ISA that was built, lowest rank first: name, requires, missing ("" if it runs here), slow
-    (why it is not chosen by itself, or "")."""
+    """Every ISA that was built, lowest rank first: name, requires, missing ("" if it runs here),
+    slow (why it is not chosen by itself, or "")."""
     return [dict(name=fa_isas[i].name.decode(), requires=fa_isas[i].requires.decode(),
                  missing=fa_isa_missing(fa_isas[i].name).decode(),
                  slow=fa_isa_slow(fa_isas[i].name).decode()) for i in range(fa_isa_count)]
@@ -281,15 +283,16 @@ def kernel_table():
     cdef int i
     for i in range(fa_isa_count):
         for dtype in ("float16", "bfloat16", "float32", "float64"):
-            rows.append(dict(isa=fa_isas[i].name.decode(), dtype=dtype, **kernel_row(&fa_isas[i], dtype)))
+            name = fa_isas[i].name.decode()
+            rows.append(dict(isa=name, dtype=dtype, **kernel_row(&fa_isas[i], dtype)))
     return rows
 
 cdef dict kernel_row(const fa_isa *of, dtype):
     cdef const fa_kernels *kr = of.f64 if dtype == "float64" else of.f32
     if dtype == "bfloat16" and of.bf16 != NULL:
         kr = of.bf16
-    return dict(arithmetic=kr.type.decode(), lanes=kr.lanes, Br=kr.Br, Bc=kr.Bc, Br_backward=kr.Br_backward,
-                Bc_backward=kr.Bc_backward, MR=kr.MR, NR=kr.NR)
+    return dict(arithmetic=kr.type.decode(), lanes=kr.lanes, Br=kr.Br, Bc=kr.Bc,
+                Br_backward=kr.Br_backward, Bc_backward=kr.Bc_backward, MR=kr.MR, NR=kr.NR)
 
 def build_info():
     """The compiler, its flags for each ISA, and those for OpenMP ("": built without)."""
@@ -308,7 +311,7 @@ def _after_fork_in_child():
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 def forked():
-    """Whether this process was forked from one that had loaded the package, and so has one thread."""
+    """Whether this process was forked from one that had loaded the package: it has one thread."""
     return in_forked_child
 
 def _quota():
@@ -344,12 +347,13 @@ cpdef int get_num_threads() except -1:
         return 1
     if threads_set:
         return threads_set
-    return <int> max(1, min(openmp.omp_get_max_threads(), min(openmp.omp_get_num_procs(), quota_at_import)))
+    cdef double cpus = min(openmp.omp_get_num_procs(), quota_at_import)
+    return <int> max(1, min(openmp.omp_get_max_threads(), cpus))
 
 def thread_limits():
     """What get_num_threads goes by: set (0: nothing), openmp, affinity, quota (may be infinity)."""
-    return dict(set=threads_set, openmp=openmp.omp_get_max_threads(), affinity=openmp.omp_get_num_procs(),
-                quota=quota_at_import)
+    return dict(set=threads_set, openmp=openmp.omp_get_max_threads(),
+                affinity=openmp.omp_get_num_procs(), quota=quota_at_import)
 
 def set_num_threads(int n):
     """Threads of the calls to come; 0 goes back to OpenMP's own number."""

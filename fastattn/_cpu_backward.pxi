@@ -4,7 +4,8 @@ cdef enum:
     STORE_AHEAD = 8  # rows of a result
 
 # A block of rows of one head, ready for its tiles: lanes and rows of q and dout, lse, D - dlse.
-cdef void load_backward_block(const Job *job, Workspace *ws, int64_t b, int64_t head, int64_t i0) noexcept nogil:
+cdef void load_backward_block(const Job *job, Workspace *ws, int64_t b, int64_t head,
+                              int64_t i0) noexcept nogil:
     cdef const fa_kernels *kr = job.kernels
     cdef int n = <int> min(job.Br, job.Lq - i0), r
     cdef int64_t i, row
@@ -54,8 +55,8 @@ cdef inline double real_at(const Job *job, const char *p) noexcept nogil:
 
 # P and dS of panel p for the tile [k0, k1), into ws.p, ws.ds (and t into ws.dp): zeros where a
 # pair is excluded. ws.keep gets the panel's pairs. Returns the panel's state over the tile.
-cdef int backward_panel(const Job *job, Workspace *ws, int p, char *k_base, char *v_base, int64_t k0,
-                        int64_t k1, int64_t *low, int64_t *high) noexcept nogil:
+cdef int backward_panel(const Job *job, Workspace *ws, int p, char *k_base, char *v_base,
+                        int64_t k0, int64_t k1, int64_t *low, int64_t *high) noexcept nogil:
     cdef const fa_kernels *kr = job.kernels
     cdef uint32_t *keep = ws.keep + <ptrdiff_t> p * job.Bc
     cdef int rows = min(job.panel, ws.rows - p * job.panel), state, n, j
@@ -134,9 +135,11 @@ cdef void set_extents(const Job *job, Workspace *ws, int first, int end) noexcep
             ws.row_end[r] = ceil_div(max(0, ws.panel_end[p] - first), pair)
 
 # Zeros for panel p in keys [j0, j1) of the tile.
-cdef void clear_keys(const Job *job, Workspace *ws, int p, ptrdiff_t lanes, int j0, int j1) noexcept nogil:
+cdef void clear_keys(const Job *job, Workspace *ws, int p, ptrdiff_t lanes, int j0,
+                     int j1) noexcept nogil:
     cdef const fa_kernels *kr = job.kernels
-    cdef ptrdiff_t ld = lanes // kr.pair, first = p * job.panel // kr.pair, size = job.panel // kr.pair * kr.unit_bytes
+    cdef ptrdiff_t ld = lanes // kr.pair, first = p * job.panel // kr.pair
+    cdef ptrdiff_t size = job.panel // kr.pair * kr.unit_bytes
     cdef int j
     for j in range(j0, j1):
         memset(units(job, ws.p, j * ld + first), 0, size)
@@ -156,7 +159,8 @@ cdef inline void want(Workspace *ws, const Array *a, const char *base, int64_t i
         fetch.bytes = <int> (cols * a.col)
         ws.fetches += 1
 
-# What is wanted after the tile that ends before key k1: the next tile's keys or the next block's rows.
+# What is wanted after the tile that ends before key k1: the next tile's keys or the next block's
+# rows.
 cdef void want_next(const Job *job, Workspace *ws, int64_t batch_head, int64_t block, int64_t k1,
                     int64_t next_head) noexcept nogil:
     cdef int64_t per_head = job.blocks // job.group, b, kv_head, head, i0, most = 0
@@ -187,8 +191,9 @@ cdef void want_next(const Job *job, Workspace *ws, int64_t batch_head, int64_t b
 # One block of rows: its dq, its rows of dsinks and dalibi_slopes, and its share of dk and dv, which
 # is added to a tile once the block before has passed it (before NULL: nobody shares them). The
 # thread is likely to go on with next_head.
-cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int64_t block, int64_t next_head,
-                         void *dk, void *dv, const int64_t *before, int64_t *passed) noexcept nogil:
+cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int64_t block,
+                         int64_t next_head, void *dk, void *dv, const int64_t *before,
+                         int64_t *passed) noexcept nogil:
     cdef const fa_kernels *kr = job.kernels
     cdef int64_t b = batch_head // job.Hkv, kv_head = batch_head % job.Hkv
     cdef int64_t per_head = job.blocks // job.group, head = kv_head * job.group + block // per_head
@@ -269,10 +274,11 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
                     k_right = ws.k_left
                     ldk_right = ws.ldk
                 else:
-                    load_right(job, ws, &job.k, k_base, k0, k1, job.D, job.D_cols, False, ws.k_right,
-                               &k_right, &ldk_right)
+                    load_right(job, ws, &job.k, k_base, k0, k1, job.D, job.D_cols, False,
+                               ws.k_right, &k_right, &ldk_right)
                 which.rows_are_keys = False
-                x.a = units(job, ws.ds if kr.pair == 1 else ws.ds_keys, (first - k0) // kr.pair * lanes)
+                x.a = units(job, ws.ds if kr.pair == 1 else ws.ds_keys,
+                            (first - k0) // kr.pair * lanes)
                 x.a_row = 1
                 x.a_depth = lanes
                 x.rows = ws.rows
@@ -323,7 +329,8 @@ cdef inline bint rows_all_finite(const Job *job, const Workspace *ws, const void
                     and job.kernels.right_finite(do_right, job.Dv_cols, pairs, job.Dv_cols))
     return known[0]
 
-cdef inline void multiply(const Job *job, const fa_product *x, const fa_selection *which, bint select) noexcept nogil:
+cdef inline void multiply(const Job *job, const fa_product *x, const fa_selection *which,
+                          bint select) noexcept nogil:
     if select:
         job.kernels.accumulate_selected(x, which)
     else:
@@ -337,7 +344,8 @@ cdef void store_rows(const Job *job, const Array *a, int64_t b, int64_t head, in
     for i in range(i0, i0 + n):
         if a.col <= job.kernels.real_bytes:
             fa_fetch_to_write(base + (i + STORE_AHEAD) * a.row, cols * a.col)
-        job.kernels.store_row(base + i * a.row, a.col, a.dtype, reals(job, src, (i - i0) * ld), cols, factor)
+        job.kernels.store_row(base + i * a.row, a.col, a.dtype, reals(job, src, (i - i0) * ld),
+                              cols, factor)
 
 cdef inline double signed_scale(const Job *job) noexcept nogil:
     return -job.scale if job.negate else job.scale
@@ -347,8 +355,8 @@ cdef void store_dkv(const Job *job, int64_t batch_head, const void *dk, const vo
                     int64_t j1) noexcept nogil:
     cdef int64_t b = batch_head // job.Hkv, head = batch_head % job.Hkv
     if job.dk.dtype != FA_NONE:
-        store_rows(job, &job.dk, b, head, j0, j1 - j0, reals(job, dk, j0 * job.D_cols), job.D, job.D_cols,
-                   signed_scale(job))
+        store_rows(job, &job.dk, b, head, j0, j1 - j0, reals(job, dk, j0 * job.D_cols), job.D,
+                   job.D_cols, signed_scale(job))
     if job.dv.dtype != FA_NONE:
         store_rows(job, &job.dv, b, head, j0, j1 - j0, reals(job, dv, j0 * job.Dv_cols), job.Dv,
                    job.Dv_cols, 1)
@@ -379,63 +387,72 @@ cdef void backward_heads(const Job *job, num_threads) except *:
     with nogil:
         run(job, shared.spaces, team, shared.first, backward_head, &team)
         if shared.count > 0:
-            memset(passed, 0xff, shared.count * (job.blocks + 1) * sizeof(int64_t))  # -1: at no key yet
+            # -1: at no key yet
+            memset(passed, 0xff, shared.count * (job.blocks + 1) * sizeof(int64_t))
             for n in range(shared.count):
                 shared.passed[n * (job.blocks + 1)] = job.Lk + 1
                 memset(shared.spaces[n].own, 0, <size_t> sums_bytes(job))
             # First blocks of all heads first: a block seldom waits for the one before.
             run(job, shared.spaces, team, shared.count * job.blocks, backward_shared_block, &shared)
             if job.dk.dtype != FA_NONE or job.dv.dtype != FA_NONE:
-                run(job, shared.spaces, team, shared.count * ceil_div(job.Lk, job.Bc), store_shared_keys, &shared)
+                run(job, shared.spaces, team, shared.count * ceil_div(job.Lk, job.Bc),
+                    store_shared_keys, &shared)
         free(passed)
         free(memory)
 
 # What the sums of a head's dk and dv, those that are wanted, take; dv's lie behind dk's.
 cdef double sums_bytes(const Job *job) noexcept nogil:
     return <double> job.Lk * job.kernels.real_bytes * (
-        (job.D_cols if job.dk.dtype != FA_NONE else 0) + (job.Dv_cols if job.dv.dtype != FA_NONE else 0))
+        (job.D_cols if job.dk.dtype != FA_NONE else 0)
+        + (job.Dv_cols if job.dv.dtype != FA_NONE else 0))
 
 cdef inline char *dv_sums(const Job *job, const Workspace *ws) noexcept nogil:
     return <char *> reals(job, ws.own, job.Lk * job.D_cols) if job.dk.dtype != FA_NONE else ws.own
 
-cdef void backward_head(const Job *job, Workspace *ws, int64_t head, const void *team) noexcept nogil:
+cdef void backward_head(const Job *job, Workspace *ws, int64_t head,
+                        const void *team) noexcept nogil:
     cdef int64_t block, next_head = head + (<const int *> team)[0]
     memset(ws.own, 0, <size_t> sums_bytes(job))
     for block in range(job.blocks):
         backward_block(job, ws, head, block, next_head, ws.own, dv_sums(job, ws), NULL, NULL)
     store_dkv(job, head, ws.own, dv_sums(job, ws), 0, job.Lk)
 
-cdef void backward_shared_block(const Job *job, Workspace *ws, int64_t item, const void *shared_) noexcept nogil:
+cdef void backward_shared_block(const Job *job, Workspace *ws, int64_t item,
+                                const void *shared_) noexcept nogil:
     cdef const Shared *shared = <const Shared *> shared_
     cdef int64_t n = item % shared.count, block = item // shared.count
     cdef const Workspace *sums = shared.spaces + n
     cdef int64_t *passed = shared.passed + n * (job.blocks + 1) + block
-    backward_block(job, ws, shared.first + n, block, INT64_MAX, sums.own, dv_sums(job, sums), passed,
-                   passed + 1)
+    backward_block(job, ws, shared.first + n, block, INT64_MAX, sums.own, dv_sums(job, sums),
+                   passed, passed + 1)
 
-cdef void store_shared_keys(const Job *job, Workspace *ws, int64_t item, const void *shared_) noexcept nogil:
+cdef void store_shared_keys(const Job *job, Workspace *ws, int64_t item,
+                            const void *shared_) noexcept nogil:
     cdef const Shared *shared = <const Shared *> shared_
     cdef int64_t n = item % shared.count, tile = item // shared.count
     cdef const Workspace *sums = shared.spaces + n
-    store_dkv(job, shared.first + n, sums.own, dv_sums(job, sums), tile * job.Bc, min(job.Lk, (tile + 1) * job.Bc))
+    store_dkv(job, shared.first + n, sums.own, dv_sums(job, sums), tile * job.Bc,
+              min(job.Lk, (tile + 1) * job.Bc))
 
 
-# ---- dbias ----------------------------------------------------------------------------------------
+# ---- dbias ---------------------------------------------------------------------------------------
 
 cdef struct BiasTasks:
     const int64_t *owners      # (b, head) pairs, as b * Hq + head, that own elements of dbias
     int64_t rows, keys         # tasks along the axis
     int64_t row_span, key_span
 
-# dbias for the elements on which a block of rows and a tile of keys of one head fall, over everything
-# that is broadcast onto them: other batch entries and heads, and where the bias has one row (one
-# column), all rows (keys). Each task owns its elements, so the order of its sum is fixed.
+# dbias for the elements on which a block of rows and a tile of keys of one head fall, over
+# everything that is broadcast onto them: other batch entries and heads, and where the bias has one
+# row (one column), all rows (keys). Each task owns its elements, so the order of its sum is fixed.
 cdef void bias_task(const Job *job, Workspace *ws, int64_t task, const void *tasks_) noexcept nogil:
     cdef const fa_kernels *kr = job.kernels
     cdef const BiasTasks *tasks = <const BiasTasks *> tasks_
     cdef int64_t owner = tasks.owners[task // (tasks.rows * tasks.keys)]
-    cdef int64_t i0 = task // tasks.keys % tasks.rows * tasks.row_span, k_start = task % tasks.keys * tasks.key_span
-    cdef int64_t i1 = min(job.Lq, i0 + tasks.row_span), k_end = min(job.Lk, k_start + tasks.key_span)
+    cdef int64_t i0 = task // tasks.keys % tasks.rows * tasks.row_span
+    cdef int64_t i1 = min(job.Lq, i0 + tasks.row_span)
+    cdef int64_t k_start = task % tasks.keys * tasks.key_span
+    cdef int64_t k_end = min(job.Lk, k_start + tasks.key_span)
     cdef char *target = at(job, &job.dbias, owner // job.Hq, owner % job.Hq)
     cdef int64_t b, head, i, k0, k1, low, high
     cdef int p, state, rows = 0, keys = 0, r, j
@@ -477,10 +494,12 @@ cdef void bias_task(const Job *job, Workspace *ws, int64_t task, const void *tas
             kr.store_row(target + (i0 + r) * job.dbias.row + (k_start + j) * job.dbias.col, 0,
                          job.dbias.dtype, ws.tile_max, 1, 1)
 
-cdef inline void fold(const Job *job, Workspace *ws, int r0, int r1, int j0, int j1, double *total) noexcept nogil:
+cdef inline void fold(const Job *job, Workspace *ws, int r0, int r1, int j0, int j1,
+                      double *total) noexcept nogil:
     cdef int r, j
     cdef double row
-    for r in range(r0, r1):  # a sum of sums: its error grows with the longer chain, not with all of it
+    # A sum of sums: its error grows with the longer chain, not with all of it.
+    for r in range(r0, r1):
         row = 0
         for j in range(j0, j1):
             row += ws.dbias[(<ptrdiff_t> (r // job.panel) * job.Bc + j) * job.panel + r % job.panel]
