@@ -221,8 +221,8 @@ def attention_forward(
         Any axis of the three may have length 0.
     attn_mask : array, bool or one of the four float dtypes, optional
         Broadcasts to (..., Hq, Lq, Lk) and is never expanded in memory. Bool: True = attend. Float:
-        added to the scores; -inf excludes the pair, any finite number does not. Bool or -inf is the
-        better way to exclude.
+        added to the scores in float32 (float64 for float64 inputs), where -inf excludes the pair
+        and any finite number does not. Bool or -inf is the better way to exclude.
     bias : array, one of the four float dtypes, optional
         Added like a float `attn_mask`; `attention_backward` gives its gradient. -inf excludes here
         as well, whatever `attn_mask` holds.
