@@ -105,6 +105,12 @@ def test_readme_code_runs(tmp_path):
     run([*PYTHON[:-1], "-W", "error", "-c", setup + calls[0]], cwd=tmp_path)
 
 
+def test_recipes_run(tmp_path):
+    recipes = blocks("python", "docs/recipes.md")
+    assert len(recipes) > 5
+    run([*PYTHON[:-1], "-W", "error", "-c", "\n".join(recipes)], cwd=tmp_path)
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs"])
 def test_links_lead_somewhere(page):
     pages = sorted((ROOT / page).glob("*.md")) if (ROOT / page).is_dir() else [ROOT / page]
