@@ -68,7 +68,9 @@ def test_source_tree_that_is_not_built_says_so(tmp_path):
     tree.mkdir()
     for source in Path(fastattn.__file__).parent.glob("*.py"):
         shutil.copy(source, tree)
-    done = run([*PYTHON, "import fastattn"], cwd=tmp_path, check=False, PYTHONPATH=tmp_path)
+    # -S: nothing that is installed, whose import hook (of an editable install) would find _cpu
+    python = [sys.executable, "-S", "-P", "-c"]
+    done = run([*python, "import fastattn"], cwd=tmp_path, check=False, PYTHONPATH=tmp_path)
     assert f"ImportError: fastattn is not built in {tree}. " in done.stderr
     assert "pip install -e ." in done.stderr
 
