@@ -128,7 +128,7 @@ INLINE void transpose_rows(real *dst, int panel, const fa_rows *src, int cols, i
 INLINE void fetch_ahead(const fa_rows *src, int r) {
     if (src->ahead && src->stride == dtype_bytes(src->dtype))
         for (ptrdiff_t c = 0; c < src->cols * src->stride; c += 64)
-            __builtin_prefetch(src->row[r + src->ahead] + c, 0, 2);
+            fetch_line(src->row[r + src->ahead] + c);
 }
 
 #ifdef FA_BF16_PAIRS
@@ -286,7 +286,7 @@ INLINE void product(const int MR, const int NR, const int ahead, vr *c, const un
         UNROLL for (int j = 0; j < NR; j++) right[j] = u_load(b + j * V_LANES);
         if (ahead)
             UNROLL for (int j = 0; j < NR; j++)
-                __builtin_prefetch(b + ahead * ldb + j * V_LANES, 0, 2);
+                fetch_line(b + ahead * ldb + j * V_LANES);
         UNROLL for (int i = 0; i < MR; i++) {
             uv left = u_set1(a + i * a_row);
             UNROLL for (int j = 0; j < NR; j++) c[i * NR + j] = u_madd(c[i * NR + j], left, right[j]);
@@ -300,7 +300,7 @@ INLINE void product(const int MR, const int NR, const int ahead, vr *c, const un
 INLINE void fetch_some(fa_fetch *of, int count, int rows) {
     for (int i = 0; i < count; i++)
         for (int r = 0; r < rows && of[i].rows > 0; r++, of[i].rows--, of[i].row += of[i].step)
-            for (int n = 0; n < of[i].bytes; n += 64) __builtin_prefetch(of[i].row + n, 0, 2);
+            for (int n = 0; n < of[i].bytes; n += 64) fetch_line(of[i].row + n);
 }
 
 // A chain of more than this many multiply-adds is cut, and its parts added: rounding errors
@@ -399,11 +399,11 @@ INLINE void dots(const int MR, const int whole, real *s, int panel, const unit *
     const unit *ahead = k + FA_AHEAD * ldk;
     vr c[V_LANES];
     UNROLL for (int i = 0; i < V_LANES; i++) c[i] = (vr){};
-    int col = 0;
-    for (int d = 0; d < depth; d += V_LANES)
+    int col = 0, d = 0;
+    do {  // depth > 0, and the sums stay in registers
         UNROLL for (int j = 0; j < NR; j++) {
             if (whole) {  // as many vectors as are used, row by row: that is how they lie
-                __builtin_prefetch(ahead + col, 0, 2);
+                fetch_line(ahead + col);
                 col += V_LANES;
                 int next_row = col >= depth;
                 ahead += next_row ? ldk : 0;
@@ -413,6 +413,8 @@ INLINE void dots(const int MR, const int whole, real *s, int panel, const unit *
             UNROLL for (int i = 0; i < MR; i++)
                 c[j * MR + i] = u_madd(c[j * MR + i], u_load(q + i * ldq + d), right);
         }
+        d += V_LANES;
+    } while (d < depth);
     real sums[V_LANES] __attribute__((aligned(V_BYTES)));
     v_store(sums, (vr)((vu)v_sums(c) ^ flip));
     UNROLL for (int j = 0; j < NR; j++)
