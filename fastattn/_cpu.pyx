@@ -35,7 +35,7 @@ cnp.import_array()
 cdef extern from "_cpu_kernels/kernels.h" nogil:
     enum:
         FA_F16, FA_BF16, FA_F32, FA_F64, FA_BOOL, FA_NONE
-        FA_RUN, FA_AHEAD
+        FA_RUN, FA_AHEAD, FA_FEW_ROWS, FA_STRIP
     ctypedef struct fa_rows:
         const char *const *row
         ptrdiff_t stride
@@ -74,7 +74,7 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         const void *alpha
         const int32_t *row_start
         const int32_t *row_end
-        int32_t cold
+        int32_t cold, strip
         fa_fetch *fetch
         int32_t fetches, fetch_rows
     ctypedef struct fa_selection:

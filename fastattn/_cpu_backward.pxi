@@ -248,6 +248,7 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
             x.rows = <int> (end - first)
             x.depth = ceil_div(ws.rows, kr.pair)
             x.cold = True
+            x.strip = 0
             if ragged:
                 set_extents(job, ws, <int> (first - k0), <int> (end - k0))
                 x.row_start = ws.key_start

@@ -218,6 +218,7 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
             x.row_start = NULL
             x.row_end = ws.row_depth
             x.cold = False
+            x.strip = FA_STRIP if job.few and job.Br > FA_FEW_ROWS else 0
             x.fetch = ws.fetch
             x.fetches = ws.fetches
             x.fetch_rows = ws.fetch_rows

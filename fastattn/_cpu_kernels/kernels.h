@@ -44,6 +44,11 @@ typedef struct {
 // rows that many ahead are fetched into the second level of the cache.
 #define FA_AHEAD 64
 
+// They are taken FA_FEW_ROWS at a time. While a second group finds v in the cache, nothing is asked of
+// memory: strips of so many keys (pairs of keys in bfloat16) keep that short.
+#define FA_FEW_ROWS 4
+#define FA_STRIP 32
+
 // What turns q.k into a score, in the contract's order. Lane arrays hold a panel of reals.
 typedef struct {
     double scale, softcap;  // softcap 0: off
@@ -90,6 +95,7 @@ typedef struct {
     const void *alpha;          // one a row, or NULL
     const int32_t *row_start, *row_end;  // part of each row's depth (the rest is excluded), or NULL
     int32_t cold;               // C is likely to be outside the cache
+    int32_t strip;              // depth that all rows go through before the next; 0: all
     fa_fetch *fetch;            // of each of these so many rows are fetched for every MR rows of C
     int32_t fetches, fetch_rows;
 } fa_product;

@@ -415,12 +415,16 @@ INLINE void dots(const int MR, const int whole, real *s, int panel, const unit *
         }
         d += V_LANES;
     } while (d < depth);
-    real sums[V_LANES] __attribute__((aligned(V_BYTES)));
-    v_store(sums, (vr)((vu)v_sums(c) ^ flip));
+    real part[V_LANES] __attribute__((aligned(V_BYTES)));
+    vr sums = (vr)((vu)v_sums(c) ^ flip);
+    if (add) {
+        UNROLL for (int j = 0; j < NR; j++)
+            if (whole || j < keys) memcpy(part + j * MR, s + j * panel, MR * sizeof(real));
+        sums += v_load(part);
+    }
+    v_store(part, sums);
     UNROLL for (int j = 0; j < NR; j++)
-        if (whole || j < keys)
-            UNROLL for (int i = 0; i < MR; i++)
-                s[j * panel + i] = add ? s[j * panel + i] + sums[j * MR + i] : sums[j * MR + i];
+        if (whole || j < keys) memcpy(s + j * panel, part + j * MR, MR * sizeof(real));
 }
 #define DEFINE_DOTS(MR)                                                                          \
     NOINLINE void dots_##MR(real *s, int panel, const unit *k, ptrdiff_t ldk, const unit *q,     \
@@ -469,7 +473,7 @@ static void few_scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const
 
 #ifndef FA_AMX
 // Few rows read the right operand from memory, unless it was packed.
-#define ACCUMULATE_AHEAD(MR) (PAIR == 1 && MR <= 4 ? FA_AHEAD / 2 : 0)
+#define ACCUMULATE_AHEAD(MR) (PAIR == 1 && MR <= FA_FEW_ROWS ? FA_AHEAD / 2 : 0)
 
 INLINE void accumulate_tile(const int MR, const int NR, const fa_product *x, int row, int col,
                             int start, int end) {
@@ -509,7 +513,8 @@ DEFINE_ACCUMULATE_ROWS(2)
 DEFINE_ACCUMULATE_ROWS(4)
 #endif
 
-static void accumulate(const fa_product *x) {
+// The part of all depths that is [first, last).
+INLINE void accumulate_strip(const fa_product *x, int first, int last, int most_rows) {
     static const struct {
         int vectors;
         accumulate_fn *run[ACCUMULATE_MR];
@@ -525,23 +530,37 @@ static void accumulate(const fa_product *x) {
         int width = table[t].vectors * V_LANES;
         for (; col + width <= x->cols; col += width)
             for (int row = 0; row < x->rows;) {
-                int left = x->rows - row, groups = (left + ACCUMULATE_MR - 1) / ACCUMULATE_MR;
+                int left = x->rows - row, groups = (left + most_rows - 1) / most_rows;
                 int n = (left + groups - 1) / groups;  // about equal: few rows are slow
-                int start = 0, end = x->depth;
+                int start = first, end = last;
                 if (x->row_end) {
-                    end = 0;
+                    end = first;
                     for (int i = row; i < row + n; i++)
                         if (x->row_end[i] > end) end = x->row_end[i];
+                    if (end > last) end = last;
                 }
                 if (x->row_start) {
                     start = end;
                     for (int i = row; i < row + n; i++)
                         if (x->row_start[i] < start) start = x->row_start[i];
+                    if (start < first) start = first;
                 }
                 if (col == 0) fetch_some(x->fetch, x->fetches, x->fetch_rows);
                 table[t].run[n - 1](x, row, col, start, end);
                 row += n;
             }
+    }
+}
+
+static void accumulate(const fa_product *x) {
+    if (!x->strip) {
+        accumulate_strip(x, 0, x->depth, ACCUMULATE_MR);
+        return;
+    }
+    fa_product strip = *x;
+    for (int first = 0; first < x->depth; first += x->strip, strip.alpha = 0) {
+        int last = first + x->strip;
+        accumulate_strip(&strip, first, last < x->depth ? last : x->depth, FA_FEW_ROWS);
     }
 }
 
