@@ -33,6 +33,13 @@ DEVICE Work work_of(const Params& p, int b, int tile) {
   return w;
 }
 
+// A thread's columns of a row as bits, two of each eight: those before column `end` (less 2 t).
+DEVICE u32 first_bits(int end) {
+  static_assert(2 * kN <= 32, "");
+  const int count = (end >> 3) * 2 + min_of(end & 7, 2);
+  return count >= 32 ? ~0u : (1u << max_of(count, 0)) - 1;
+}
+
 // S = Q K^T, a batch of products.
 struct Scores {
   float s[1][kN][4];
@@ -58,7 +65,17 @@ struct Scores {
   // -inf where a bound excludes a pair: thread row i and the keys from j on.
   DEVICE void exclude(const Params& p, int b, int i, int j) {
     const Entry entry = entry_of(p, hidden(b));
-    keep_within(s, [&](int, int half) { return keys_of_row(entry, hidden(i) + 8 * half, j); });
+    const int t = threadIdx.x & 3;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const Limits keys = keys_of_row(entry, hidden(i) + 8 * half, j);
+      const u32 seen = first_bits(keys.end - 2 * t) & ~first_bits(keys.begin - 2 * t);
+#pragma unroll
+      for (int n = 0; n < kN; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          if (!(seen >> (2 * n + e) & 1)) s[0][n][2 * half + e] = -infinity(float());
+    }
   }
 };
 
