@@ -158,7 +158,12 @@ def jobs_of(kernel):
 
 def jobs_of_hopper(kernel):
     fast = [chosen(kernel, 90, dtype, 64) for dtype in ("float16", "bfloat16")]
-    return [(c, 90) for f in fast for c in (f, config.careful(f))]
+    if kernel == "backward_kv":
+        fast += [config.together(c) for c in fast]
+    found = [c for f in fast for c in (f, config.careful(f))]
+    if kernel == "backward_q":
+        found += [config.finisher(f) for f in fast]
+    return [(c, 90) for c in dict.fromkeys(found)]
 
 
 def jobs_of_options():

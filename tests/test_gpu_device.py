@@ -1006,6 +1006,49 @@ def test_hopper_backward_keeps_to_the_oracle_either_way(D, Dv, name, ways, rng):
         assert ways[-2:] == ["loads", "loads"]
 
 
+@pytest.mark.parametrize("name", HOPPER_OPTIONS)
+@pytest.mark.parametrize(("D", "Dv"), [sizes for sizes in HOPPER_HEADS if max(sizes) <= 128])
+def test_hopper_backward_in_any_order_keeps_to_the_oracle(D, Dv, name, ways, rng):
+    """Only the order of dq's sums is left to chance."""
+    from fastattn._gpu import device
+
+    sizes = ((300, 257, "bfloat16"), (65, 128, "float16"), (1, 63, "bfloat16"))
+    for case in hopper_cases(rng, sizes, name, D=D, Dv=Dv):
+        out, lse = case.forward()
+        grads = case.backward(out, lse, deterministic=False)
+        assert ways[-2:] == ["maps", "maps"]
+        assert_gradients(
+            case.dout, case.q, case.k, case.v, out, lse, grads, wrt=case.wrt, dlse=case.dlse,
+            **case.options,
+        )  # fmt: skip
+        expected = case.backward(out, lse)
+        assert_same_bits(grads.dk, expected.dk)
+        assert_same_bits(grads.dv, expected.dv)
+    assert {"hopper_backward_qkv", "hopper_finish_q"} <= {at[1].kernel for at in device._kernels}
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_hopper_backward_in_any_order_keeps_poison_where_it_belongs(dtype, D, ways, rng):
+    case = make_case(
+        rng, DTYPES[dtype], lead=(2,), Hq=4, Hkv=2, Lq=400, Lk=400, D=D, is_causal=True,
+        kv_lens=np.array([400, 333]), q_lens=np.array([400, 383]),
+    )  # fmt: skip
+    out, lse = case.forward()
+    clean = case.backward(out, lse)
+    k, v, q, dout = (x.copy() for x in (case.k, case.v, case.q, case.dout))
+    k[1, :, 333:] = v[1, :, 333:] = q[1, :, 383:] = dout[1, :, 383:] = nan
+    k[0, :, 200] = nan
+    found = case.with_(k=k, v=v, q=q, dout=dout).backward(out, lse, deterministic=False)
+    dq, expected = (x.astype(np.float32) for x in (found.dq, clean.dq))
+    assert not np.isfinite(dq[0, :, 200:]).any(-1).any()
+    for cut in (np.s_[0, :, :200], np.s_[1]):
+        np.testing.assert_allclose(dq[cut], expected[cut], rtol=0.02, atol=2e-3)
+    assert not dq[1, :, 383:].any()
+    assert_same_bits(found.dk[1], clean.dk[1])
+    assert_same_bits(found.dv[1], clean.dv[1])
+
+
 def gradients(case, results):
     """name -> array, of all that there are."""
     found = case.backward(*results)._asdict()

@@ -158,13 +158,15 @@ def test_hopper_serves_many_rows_of_16_bits(own):
 
 def test_hopper_tiles_are_what_its_instructions_take():
     for c in HOPPER:
-        fast = "careful" not in c.kernel
+        fast = c.kernel in config._CAREFUL  # with warps that load
         assert c.Br % 64 == c.Bc % 16 == c.D % 16 == c.Dv % 16 == 0
         assert max(c.Br, c.Bc) <= 256  # rows of a copy
-        if c.kernel.endswith("_kv"):  # keys are the rows of products
+        if c.kernel.endswith("kv"):  # keys are the rows of products
             assert c.D == c.Dv and c.Bc == (128 if c.D <= 128 else 64)
             groups, share = 2, 1 if c.D <= 128 else 2
             widths = {c.Br // share, c.D // share}
+            if c.kernel == "hopper_backward_qkv":  # 64 rows by 64 columns of dQ a warpgroup
+                assert share == 1 and c.Br * -(-c.D // 64) * 64 == groups * 64 * 64
         else:
             groups = c.Br // 64
             widths = {c.Bc, c.D if c.kernel.endswith("_q") else c.Dv}
@@ -358,9 +360,11 @@ def test_hopper_shared_memory_holds_what_kernels_lay_out():
         elif c.kernel == "hopper_backward_q":
             barriers = 8 * (2 + 2 * names["kStagesK"] + 2 * names["kStagesV"])
             assert names["kBuffers"] + barriers <= c.shared_bytes == names["kBuffers"] + 256
-        elif c.kernel == "hopper_backward_kv":
+        elif c.kernel in ("hopper_backward_kv", "hopper_backward_qkv"):
             barriers = 8 * (2 + 4 * names["kStages"])
             assert names["kBuffers"] + barriers <= c.shared_bytes == names["kBuffers"] + 256
+        elif c.kernel == "hopper_finish_q":
+            assert c.shared_bytes == tile(c.Br, c.D)
         else:
             used = inputs + names["kBytesO"]
             if c.kernel == "hopper_careful_kv":
@@ -808,8 +812,8 @@ def launches(driver, device, monkeypatch):
     def launch(function, *rest):
         *grid, shared, stream, at, _ = rest
         words, *maps = (ctypes.c_uint64 * 5).from_address(at)
-        taken = {"hopper_forward": 3, "hopper_backward_q": 4, "hopper_backward_kv": 4}
-        maps = [ctypes.string_at(x, 128) for x in maps[: taken.get(function, 0)]]
+        taken = 3 if function == "hopper_forward" else 4 if "hopper_backward" in function else 0
+        maps = [ctypes.string_at(x, 128) for x in maps[:taken]]
         launches.append((function, grid, shared, ctypes.string_at(words, params.SIZE), maps))
 
     def encode(address, kind, rank, pointer, *rest):
@@ -896,6 +900,39 @@ def test_a_plan_is_filled_in_as_if_it_was_made_for_the_call(name, dtype, launche
             assert (launches, sizes) == expected
         assert len(driver._plans) == made == 2
         assert any(driver._known.values()) == (name in ("none", "causal"))
+
+
+def test_only_who_gives_up_an_order_gets_the_kernel_without_one(launches, driver):
+    from fastattn.attention import attention_backward
+
+    cupy = driver.cupy
+
+    def kernels(D, wrt="qkv", dtype="float16", column=1, **options):
+        with cupy.cuda.using_allocator(Memory(0x7F0000000000)):
+            q, k = (cupy.ndarray((2, 4, 300, D * column), dtype)[..., ::column] for _ in range(2))
+            lse = cupy.ndarray((2, 4, 300), np.float32)
+            launches.clear()
+            attention_backward(q, q, k, k, q, lse, wrt=tuple(wrt), **options)
+        return [x[0] for x in launches if type(x[0]) is str]
+
+    apart = [
+        "backward_rows", "hopper_backward_q", "hopper_careful_q", "hopper_backward_kv",
+        "hopper_careful_kv",
+    ]  # fmt: skip
+    together = [
+        "backward_rows", "hopper_backward_qkv", "hopper_careful_kv", "hopper_finish_q",
+        "hopper_careful_q",
+    ]  # fmt: skip
+    for D in (64, 40, 128):
+        assert kernels(D) == kernels(D, deterministic=True) == apart
+        assert kernels(D, deterministic=False) == kernels(D, "qk", deterministic=False) == together
+    assert kernels(64, "q", deterministic=False) == apart[:3]
+    assert kernels(64, "kv", deterministic=False) == [apart[0], *apart[3:]]
+    for other in (dict(D=256), dict(D=64, column=2)):  # no such kernel; what no map describes
+        assert kernels(**other, deterministic=False) == kernels(**other)
+    for other in (dict(D=64, dtype="float32"), dict(D=64, softcap=3.0)):
+        found = kernels(**other, deterministic=False)
+        assert found == ["backward_rows", "backward_q", "backward_kv"]
 
 
 def test_results_at_other_alignments_have_a_plan_of_their_own(launches, driver):

@@ -45,10 +45,14 @@ def cases(rng, dtype):
     yield poisoned
 
 
-def all_lanes_arrive(text):
-    """The source of hopper_backward_kv, with every lane telling the loader that it has read.
+# In these, racecheck reports reads of lse and delta by lanes other than 0.
+ONE_LANE_ARRIVES = {"hopper_backward_kv", "hopper_backward_qkv"}
 
-    There lane 0 does so for its warp, behind a __syncwarp. racecheck reports the other lanes' reads
+
+def all_lanes_arrive(text):
+    """The source of such a kernel, with every lane telling the loader that it has read.
+
+    There lane 0 does so for its warp, once all lanes have met. racecheck reports the others' reads
     of lse and delta as races with the next copy to the same place. Where it reports none for this
     source, the arrival of lane 0 alone is all that it misses.
     """
@@ -71,7 +75,7 @@ def run_cases(dtype, source="as_it_is"):
 
         def assemble_with_all(config):
             text = assemble(config)
-            return all_lanes_arrive(text) if config.kernel == "hopper_backward_kv" else text
+            return all_lanes_arrive(text) if config.kernel in ONE_LANE_ARRIVES else text
 
         device.assemble = assemble_with_all
 
@@ -86,7 +90,10 @@ def run_cases(dtype, source="as_it_is"):
         q, k, v, dout, dlse = map(copy, (case.q, case.k, case.v, case.dout, case.dlse))
         options = {name: copy(x) for name, x in case.options.items()}
         out, lse = attention_forward(q, k, v, **options)
-        attention_backward(dout, q, k, v, out, lse, dlse=dlse, wrt=case.wrt, **options)
+        for ordered in (True, False):
+            attention_backward(
+                dout, q, k, v, out, lse, dlse=dlse, wrt=case.wrt, deterministic=ordered, **options
+            )
     cupy.cuda.Device().synchronize()
     ran = {key[1].kernel for key in device._kernels}
     expected = set(config.KERNELS)
@@ -113,7 +120,7 @@ def sanitized(tool, *arguments):
 def test_every_kernel_is_clean(tool, dtype):
     clean, text = sanitized(tool, dtype)
     reported = set(re.findall(r"Thread \(.*\) at (\w+)\+0x", text))
-    if tool == "racecheck" and reported == {"hopper_backward_kv"}:
+    if tool == "racecheck" and reported and reported <= ONE_LANE_ARRIVES:
         pytest.xfail("reads of lse and delta are reported: see all_lanes_arrive")
     assert clean, text[-8000:]
 

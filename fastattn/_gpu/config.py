@@ -133,6 +133,13 @@ class Config(NamedTuple):
             return self.Br * (row + row_v) + self.Bc * (2 * row + stages_v * row_v) + barriers
         if self.kernel == "hopper_careful_q":
             return (self.Br + self.Bc) * (row + row_v)
+        if self.kernel == "hopper_finish_q":
+            return self.Br * row
+        if self.kernel == "hopper_backward_qkv":
+            stage = self.Br * (row + row_v + 2 * 4)  # with lse and delta
+            shared = 2 * self.Bc * 128 * -(-self.Br // 64)  # dS, twice
+            sums = 2 * 64 * 64 * 4
+            return self.Bc * (row + row_v) + 2 * stage + shared + sums + barriers
         if self.kernel in ("hopper_backward_kv", "hopper_careful_kv"):
             shared = 2 * self.Bc * 128 * -(-self.Br // 64) if self.D > 128 else 0  # P and dS
             stage = self.Br * (row + row_v + 2 * 4)  # with lse and delta
@@ -170,8 +177,10 @@ _CAREFUL = {
     "hopper_forward": "hopper_careful",
     "hopper_backward_q": "hopper_careful_q",
     "hopper_backward_kv": "hopper_careful_kv",
+    "hopper_backward_qkv": "hopper_careful_kv",
 }
-HOPPER_KERNELS = (*_CAREFUL, *_CAREFUL.values())
+# The last ends what hopper_backward_qkv leaves of dQ.
+HOPPER_KERNELS = (*_CAREFUL, *dict.fromkeys(_CAREFUL.values()), "hopper_finish_q")
 
 # A forward of few rows without such options; a warp's tiles of K and V that are under way.
 DECODE = "decode"
@@ -294,6 +303,19 @@ def careful(config: Config) -> Config:
     return config._replace(kernel=_CAREFUL[config.kernel], warps=config.warps - 4)
 
 
+def together(config: Config) -> Config | None:
+    """The kernel that makes dK and dV as a configuration's does, and dQ besides, in no fixed order,
+    if there is one."""
+    if config.kernel != "hopper_backward_kv" or config.D > 128:
+        return None
+    return config._replace(kernel="hopper_backward_qkv")
+
+
+def finisher(config: Config) -> Config:
+    """The kernel that makes dQ of the sums of `together`, for the configuration of backward_q."""
+    return config._replace(kernel="hopper_finish_q", warps=config.warps - 4)
+
+
 @functools.lru_cache(1024)
 def choose(
     kernel: str, arch: int, family: str, dtype: str, options: str, D: int, Dv: int, rows: int = 128
@@ -358,7 +380,10 @@ def configs(arch: int, family: str) -> list[Config]:
         for odd in (0, 1)  # sizes that no copy engine takes
         for rows in ROW_CLASSES
     }
-    return [*found, *(careful(c) for c in found if c.kernel in _CAREFUL)]
+    found |= {c: None for c in map(together, [*found]) if c}
+    after = [careful(c) for c in found if c.kernel in _CAREFUL]
+    after += [finisher(c) for c in found if c.kernel == "hopper_backward_q" and c.D <= 128]
+    return [*found, *dict.fromkeys(after)]
 
 
 def _specific(family: str) -> bool:

@@ -31,6 +31,8 @@ from fastattn._gpu.config import (
     Config,
     careful,
     choose,
+    finisher,
+    together,
 )
 from fastattn._gpu.device import Device, arguments, device_of, load
 from fastattn._gpu.params import ARRAY_FIELDS, NO_ARRAY, pack
@@ -286,6 +288,8 @@ def _backward(
     config = call.config("backward_rows")
     call.launch(config, -(-rows // config.warps), arrays, scalars)
 
+    if not p.deterministic and _together(call, arrays, dq, dk, dv, scalars):
+        dq = dk = dv = None
     if dalibi_slopes is not None:
         row_sum = call.workspace(rows, p.acc)
     if dq is not None or dalibi_slopes is not None:
@@ -336,6 +340,36 @@ def _launch_backward(
     flags = call.workspace(blocks * careful(config).warps, np.uint8)
     call.launch(config, blocks, arrays, scalars | {"flags": flags}, maps)
     call.launch_again(careful(config), min(blocks, call.device.multiprocessors))
+
+
+def _together(
+    call: _Call, arrays: dict[str, Any], dq: Layout | None, dk: Layout | None, dv: Layout | None,
+    scalars: dict[str, Any],
+) -> bool:  # fmt: skip
+    """dQ, dK and dV by a kernel that adds to sums of dQ in any order, and one that ends these;
+    False where there is none."""
+    p = call.problem
+    config = together(call.config("backward_kv"))
+    if config is None or p.Lk == 0 or dq is None or (dk is None and dv is None):
+        return False
+    if call.maps(config, arrays, ("q", "dout", "k", "v")) is None:
+        return False
+    count = p.batch * p.Hq * -(-p.Lq // 64) * 64 * p.D
+    scalars = scalars | {"dq_sums": call.workspace(count, np.float32)}
+    call.clear(scalars["dq_sums"], 4 * count)
+    given = {n: call.array(x) for n, x in (("dk", dk), ("dv", dv)) if x is not None}
+    tiles = -(-p.Lk // config.Bc)
+    blocks = p.batch * p.Hkv * tiles
+    _launch_backward(call, config, blocks, arrays | given, scalars | {"tiles": tiles})
+
+    config = call.config("backward_q")
+    tiles = -(-p.Lq // config.Br)
+    blocks = p.batch * p.Hq * tiles
+    flags = call.workspace(blocks * finisher(config).warps, np.uint8)
+    more = {"tiles": tiles, "flags": flags}
+    call.launch(finisher(config), blocks, arrays | {"dq": call.array(dq)}, scalars | more)
+    call.launch_again(careful(config), min(blocks, call.device.multiprocessors))
+    return True
 
 
 def _bias(call: _Call, dbias: Layout, arrays: dict[str, Any], scalars: dict[str, Any]) -> None:

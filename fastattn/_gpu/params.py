@@ -50,6 +50,8 @@ LAUNCH = {
     "column_tiles": "i64",
     # Hopper: warps whose results are not all finite, and the forward's next tile to take
     "flags": "void*", "next": "void*",
+    # Hopper: sums of dS K
+    "dq_sums": "float*",
 }  # fmt: skip
 
 DECLARATION = "\n".join(

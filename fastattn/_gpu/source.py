@@ -26,8 +26,10 @@ _OF_KERNEL: dict[str, tuple[str, ...]] = {
     "hopper_careful": (*_HOPPER, "hopper_forward.cuh"),
     "hopper_backward_q": _BACKWARD_Q,
     "hopper_careful_q": _BACKWARD_Q,
+    "hopper_finish_q": _BACKWARD_Q,
     "hopper_backward_kv": _BACKWARD_KV,
     "hopper_careful_kv": _BACKWARD_KV,
+    "hopper_backward_qkv": _BACKWARD_KV,
 }
 # `Option` in kernels/pairs.cuh.
 _OPTIONS = {"": 0, "all": (1 << len(OPTIONS)) - 1}

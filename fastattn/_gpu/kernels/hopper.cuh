@@ -94,6 +94,16 @@ DEVICE void load_bytes(u32 to, const void* from, int bytes, u32 barrier) {
       :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// Floats that lie side by side in shared memory are added to those in memory, whenever the copy
+// engine gets there; a multiple of 16 bytes. The thread that starts it can wait until shared memory
+// is read.
+DEVICE void add_bytes(float* to, u32 from, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;" :: "l"(to), "r"(from), "r"(bytes) : "memory");
+}
+DEVICE void adds_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
 // Without a map, by all threads: kRows rows of an array into a tile, `row` being the first; zeros
 // beyond `rows` and `width`, and what is not finite as `mode` has it. A chunk is in the array or beyond
 // it: D and Dv are multiples of 8.

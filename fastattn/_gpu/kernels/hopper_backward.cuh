@@ -1,6 +1,7 @@
-// What Hopper's four backward kernels share: hopper_backward_q.cu and hopper_backward_kv.cu, which
-// are fast, and hopper_careful_q.cu and hopper_careful_kv.cu, which follow them as
-// hopper_careful.cu does the forward.
+// What Hopper's backward kernels share: hopper_backward_q.cu and hopper_backward_kv.cu, which are
+// fast, hopper_backward_qkv.cu with hopper_finish_q.cu, which are faster and not deterministic, and
+// hopper_careful_q.cu and hopper_careful_kv.cu, which follow them as hopper_careful.cu does the
+// forward.
 
 // c = A B^T over all columns of two tiles, a batch of products.
 template <int kColumns, int kRowsA, int kRowsB, int N>
@@ -74,6 +75,20 @@ DEVICE void clear(float (&c)[N][4]) {
 DEVICE float probable(float s, float log2_unit, float lse) {
   return exp2_of(fma_of(s, log2_unit, -lse * (float)kLog2e));
 }
+
+// Sums of dS K in float, 64 rows of a head at a time, as a warpgroup's registers have them: a chunk
+// is 8 columns, of which each thread has a block of four numbers.
+struct RowSums {
+  static constexpr int kBytesChunk = 64 * 8 * 4;
+  const Params& p;
+
+  DEVICE explicit RowSums(const Params& params) : p(params) {}
+  DEVICE float* at(int b, int h, int part, int chunk) const {
+    const i64 parts = (p.Lq + 63) / 64;
+    const i64 index = ((b * p.Hq + h) * parts + part) * (p.D / 8) + chunk;
+    return (float*)((char*)p.dq_sums + index * kBytesChunk);
+  }
+};
 
 // Whether a block that careful kernels know by `index` is to be computed again: kEach flags of
 // warps.

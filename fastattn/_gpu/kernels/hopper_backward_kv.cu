@@ -28,18 +28,7 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
   const u32 k_full = sK + kBuffers, v_full = k_full + 8, q_full = v_full + 8,
             q_free = q_full + 8 * kStages;
   const u32 o_full = q_free + 8 * kStages, o_free = o_full + 8 * kStages;
-  if (threadIdx.x == 0) {
-    constexpr int kReaders = 4 * kGroups;  // warps
-    barrier_init(k_full, 1);
-    barrier_init(v_full, 1);
-    for (int x = 0; x < kStages; x++) {
-      barrier_init(q_full + 8 * x, 2);  // a tile and its rows' numbers
-      barrier_init(q_free + 8 * x, kReaders);
-      barrier_init(o_full + 8 * x, 2);
-      barrier_init(o_free + 8 * x, kReaders);
-    }
-    barriers_ready();
-  }
+  if (threadIdx.x == 0) init_barriers<kStages>(k_full, v_full, q_full, q_free, o_full, o_free);
   __syncthreads();
   const Work work = work_of(p, blockIdx.x);
   const int steps = steps_of(p, work);
@@ -48,22 +37,9 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
   if (threadIdx.x >= 128 * kGroups) {
     registers_down<kLoaders>();
     if (threadIdx.x != 128 * kGroups || steps <= 0) return;
-    load_map<kBc, kD>(sK, map_k, k_full, work.key0, work.kv_head, work.b);
-    Step step = first_step(p, work);
-#pragma unroll 1
-    for (int x = 0; x < steps; x++, step.next(work)) {
-      const int stage = x % kStages, free = (x / kStages & 1) ^ 1, row0 = step.n * kBr;
-      const i64 row = row_start(p, work.b, step.h) + row0;
-      barrier_wait(q_free + 8 * stage, free);
-      load_map<kBr, kD>(sQ + stage * kBytesQ, map_q, q_full + 8 * stage, row0, step.h, work.b);
-      load_bytes(sLse + stage * kBytesRows, (const float*)p.row_lse + row, kBytesRows,
-                 q_full + 8 * stage);
-      if (x == 0) load_map<kBc, kDv>(sV, map_v, v_full, work.key0, work.kv_head, work.b);
-      barrier_wait(o_free + 8 * stage, free);
-      load_map<kBr, kDv>(sO + stage * kBytesO, map_o, o_full + 8 * stage, row0, step.h, work.b);
-      load_bytes(sDelta + stage * kBytesRows, (const float*)p.row_delta + row, kBytesRows,
-                 o_full + 8 * stage);
-    }
+    const Loader<kStages> loader = {sK,     sV,     sQ,     sO,     sLse,   sDelta,
+                                    k_full, v_full, q_full, q_free, o_full, o_free};
+    loader.load(p, work, steps, map_q, map_o, map_k, map_v);
     return;
   }
 
@@ -109,12 +85,7 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
         if (x > 0) release(x - 1);
       }
       if (work.cut(step.n)) exclude(p, work.b, s, j, step.n * kBr + part.row);
-#pragma unroll
-      for (int n = 0; n < kN; n++) {
-        const Pair lse = pair_of(lse_rows + stage * kBr, n);
-#pragma unroll
-        for (int e = 0; e < 4; e++) s[0][n][e] = probable(s[0][n][e], log2_unit, lse.x[e & 1]);
-      }
+      to_probabilities(s[0], lse_rows + stage * kBr, log2_unit);
       to_factor(of_p, s[0]);
       if constexpr (kShare) {
         named_sync(1, 128 * kGroups);  // the last step's products are done
@@ -122,12 +93,7 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
       }
       products_wait<0>();
       settle(dp);
-#pragma unroll
-      for (int n = 0; n < kN; n++) {
-        const Pair delta = pair_of(delta_rows + stage * kBr, n);
-#pragma unroll
-        for (int e = 0; e < 4; e++) dp[n][e] = s[0][n][e] * (dp[n][e] - delta.x[e & 1]);
-      }
+      to_gradients(dp, s[0], delta_rows + stage * kBr);
       to_factor(of_ds, dp);
       const u64 rows_o = turned_o + (stage * kBytesO >> 4),
                 rows_q = turned_q + (stage * kBytesQ >> 4);

@@ -1,6 +1,6 @@
-// What the two kernels of dK = scale dS^T Q and dV = P^T dO share. A block owns kBc keys of a key
-// head and walks over blocks of kBr rows that see them, of each query head in turn. Keys are the
-// rows of the products.
+// What the kernels of dK = scale dS^T Q and dV = P^T dO share. A block owns kBc keys of a key head
+// and walks over blocks of kBr rows that see them, of each query head in turn. Keys are the rows of
+// the products.
 //
 // Up to 128 columns a warpgroup owns 64 keys, and P^T and dS^T are factors as they lie in
 // registers. Sums of wider heads do not fit there: the warpgroups share 64 keys, of S^T and dP^T
@@ -81,6 +81,25 @@ DEVICE Pair pair_of(const float* rows, int n) {
   return *(const Pair*)(rows + n * 8 + 2 * (threadIdx.x & 3));
 }
 
+// S^T to P^T, and dP^T to dS^T, by these numbers of a step's rows.
+DEVICE void to_probabilities(float (&s)[kN][4], const float* lse_rows, float log2_unit) {
+#pragma unroll
+  for (int n = 0; n < kN; n++) {
+    const Pair lse = pair_of(lse_rows, n);
+#pragma unroll
+    for (int e = 0; e < 4; e++) s[n][e] = probable(s[n][e], log2_unit, lse.x[e & 1]);
+  }
+}
+DEVICE void to_gradients(float (&dp)[kN][4], const float (&probabilities)[kN][4],
+                         const float* delta_rows) {
+#pragma unroll
+  for (int n = 0; n < kN; n++) {
+    const Pair delta = pair_of(delta_rows, n);
+#pragma unroll
+    for (int e = 0; e < 4; e++) dp[n][e] = probabilities[n][e] * (dp[n][e] - delta.x[e & 1]);
+  }
+}
+
 // A thread's results in the making.
 struct Results {
   float dk[kO][4], dv[kO][4];
@@ -128,9 +147,52 @@ struct Results {
 
 // P^T or dS^T of a warp's 16 keys to the tile that the warpgroups share.
 DEVICE void store_shared(u32 tile, const u32 (&factor)[kN / 2][4], const Part& part) {
-  const int lane = threadIdx.x & 31, r = (threadIdx.x >> 5) % 4 * 16 + (lane & 15);
+  const int lane = threadIdx.x & 31, r = part.key + (threadIdx.x >> 5) % 4 * 16 + (lane & 15);
 #pragma unroll
   for (int k = 0; k < kN / 2; k++)
     store_blocks(chunk_at<kBc>(tile, r, part.row / 8 + 2 * k + (lane >> 4)), factor[k][0],
                  factor[k][1], factor[k][2], factor[k][3]);
+}
+
+// The loading thread of the fast kernels: K, V, then Q and dO block by block with their rows'
+// numbers.
+template <int kStages>
+struct Loader {
+  u32 k, v, q, o, lse, delta;  // buffers
+  u32 k_full, v_full, q_full, q_free, o_full, o_free;
+
+  DEVICE void load(const Params& p, const Work& work, int steps, const TensorMap& map_q,
+                   const TensorMap& map_o, const TensorMap& map_k, const TensorMap& map_v) const {
+    load_map<kBc, kD>(k, map_k, k_full, work.key0, work.kv_head, work.b);
+    Step step = first_step(p, work);
+#pragma unroll 1
+    for (int x = 0; x < steps; x++, step.next(work)) {
+      const int stage = x % kStages, free = (x / kStages & 1) ^ 1, row0 = step.n * kBr;
+      const i64 row = row_start(p, work.b, step.h) + row0;
+      barrier_wait(q_free + 8 * stage, free);
+      load_map<kBr, kD>(q + stage * kBytesQ, map_q, q_full + 8 * stage, row0, step.h, work.b);
+      load_bytes(lse + stage * kBytesRows, (const float*)p.row_lse + row, kBytesRows,
+                 q_full + 8 * stage);
+      if (x == 0) load_map<kBc, kDv>(v, map_v, v_full, work.key0, work.kv_head, work.b);
+      barrier_wait(o_free + 8 * stage, free);
+      load_map<kBr, kDv>(o + stage * kBytesO, map_o, o_full + 8 * stage, row0, step.h, work.b);
+      load_bytes(delta + stage * kBytesRows, (const float*)p.row_delta + row, kBytesRows,
+                 o_full + 8 * stage);
+    }
+  }
+};
+
+// Its barriers, and those of the buffers that the computing warps give back; by one thread.
+template <int kStages>
+DEVICE void init_barriers(u32 k_full, u32 v_full, u32 q_full, u32 q_free, u32 o_full, u32 o_free) {
+  constexpr int kReaders = 4 * kGroups;  // warps
+  barrier_init(k_full, 1);
+  barrier_init(v_full, 1);
+  for (int x = 0; x < kStages; x++) {
+    barrier_init(q_full + 8 * x, 2);  // a tile and its rows' numbers
+    barrier_init(q_free + 8 * x, kReaders);
+    barrier_init(o_full + 8 * x, 2);
+    barrier_init(o_free + 8 * x, kReaders);
+  }
+  barriers_ready();
 }
