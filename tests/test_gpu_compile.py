@@ -197,6 +197,21 @@ def test_hopper_kernels_compile(nvrtc, kernel):
     compile_all(nvrtc, jobs)
 
 
+def jobs_of_halves():
+    """float32 on Hopper: forward."""
+    fast = [chosen("forward", 90, "float32", D) for D in (64, 128)]
+    return [(c, 90) for f in fast for c in (f, config.careful(f))]
+
+
+def test_hopper_kernels_of_halves_compile_and_spill_nothing(nvrtc):
+    jobs = jobs_of_halves()
+    assert {c.kernel for c, _ in jobs} == {"hopper_forward", "hopper_careful"}
+    compile_all(nvrtc, jobs)
+    for c, arch in jobs[::2]:  # what computes has as many registers as it fills
+        log = nvrtc.compile(source.assemble(c), arch, c.family)
+        assert Compiled(c, arch, *log).spilled == 0
+
+
 def test_serialised_products_are_seen(nvrtc):
     """A result that is read while its products run."""
     forward = chosen("forward", 90, "bfloat16", 64)
@@ -237,7 +252,7 @@ def jobs_of_slow(arch):
         for other in SLOW_ARCHS[: SLOW_ARCHS.index(arch)]
         for c in config.configs(other, config.default_family(other))
     }
-    default = {*jobs_of_options(), *jobs_of_architectures()}
+    default = {*jobs_of_options(), *jobs_of_architectures(), *jobs_of_halves()}
     default.update(job for kernel in config.KERNELS for job in jobs_of(kernel))
     default.update(job for kernel in HOPPER for job in jobs_of_hopper(kernel))
     return [

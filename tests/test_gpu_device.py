@@ -964,6 +964,7 @@ HOPPER_OPTIONS = {
 HOPPER_HEADS = [
     (8, 8), (40, 40), (64, 64), (72, 96), (128, 128), (136, 24), (192, 192), (192, 128), (256, 256)
 ]  # fmt: skip
+HOPPER_HEADS_OF_FLOAT32 = [(4, 4), (40, 40), (64, 64), (12, 100), (128, 128), (128, 20)]
 
 
 def hopper_cases(rng, sizes, name, **heads):
@@ -979,10 +980,15 @@ def hopper_cases(rng, sizes, name, **heads):
 
 
 @pytest.mark.parametrize("name", HOPPER_OPTIONS)
-@pytest.mark.parametrize(("D", "Dv"), HOPPER_HEADS)
-def test_hopper_forward_keeps_to_the_oracle_either_way(D, Dv, name, ways, rng):
+@pytest.mark.parametrize(
+    ("D", "Dv", "dtypes"),
+    [(*head, "bfloat16 float16") for head in HOPPER_HEADS]
+    + [(*head, "float32") for head in HOPPER_HEADS_OF_FLOAT32],
+)
+def test_hopper_forward_keeps_to_the_oracle_either_way(D, Dv, dtypes, name, ways, rng):
     """To the same bits."""
-    sizes = ((300, 257, "bfloat16"), (65, 128, "float16"), (193, 63, "bfloat16"))
+    lengths = ((300, 257), (65, 128), (193, 63))
+    sizes = [(*n, dtype) for n, dtype in zip(lengths, itertools.cycle(dtypes.split()))]
     for case in hopper_cases(rng, sizes, name, D=D, Dv=Dv):
         ways.only_loads = False
         result = case.forward()
@@ -1077,10 +1083,13 @@ def columns(x):
 LAYOUTS = {swapped: "maps", unaligned: "loads", flipped: "loads", columns: "loads"}
 
 
-@pytest.mark.parametrize("D", [64, 128, 192, 256])
-def test_hopper_forward_in_any_layout_has_the_same_bits(D, ways, rng):
+@pytest.mark.parametrize(
+    ("dtype", "D"),
+    [*(("bfloat16", D) for D in (64, 128, 192, 256)), ("float32", 64), ("float32", 128)],
+)
+def test_hopper_forward_in_any_layout_has_the_same_bits(dtype, D, ways, rng):
     case = make_case(
-        rng, DTYPES["bfloat16"], lead=(2,), Hq=4, Hkv=2, Lq=300, Lk=270, D=D, is_causal=True
+        rng, DTYPES[dtype], lead=(2,), Hq=4, Hkv=2, Lq=300, Lk=270, D=D, is_causal=True
     )
     expected = case.forward()._asdict()
     for change, way in LAYOUTS.items():
@@ -1112,8 +1121,14 @@ def test_hopper_forward_takes_broadcast_keys(repeated, ways, rng):
     assert_same_bits(case.with_(k=spread).forward()._asdict(), expected._asdict())
 
 
-@pytest.mark.parametrize("D", [64, 128, 256])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "D"),
+    [
+        *itertools.product(("float16", "bfloat16"), (64, 128, 256)),
+        ("float32", 64),
+        ("float32", 128),
+    ],
+)
 def test_hopper_forward_keeps_poison_where_it_belongs(dtype, D, ways, rng):
     kv_lens = np.array([400, 333])
     case = make_case(
@@ -1159,6 +1174,38 @@ def test_hopper_backward_keeps_poison_where_it_belongs(dtype, D, ways, rng):
             assert_same_bits(getattr(rows, name)[1], getattr(clean, name)[1], name)
 
 
+# Factors of rows (-2) or columns (-1), spread over powers of ten: of k, where q has the inverse of
+# columns, or of v. Rows beyond what halves hold, and scores that they leave to be made one by one.
+SIZES = {
+    "rows of k": ("k", -2, -20, 2), "columns of k": ("k", -1, -6, 6), "rows of v": ("v", -2, -4, 4),
+    "any rows of v": ("v", -2, -30, 30), "columns of v": ("v", -1, -4, 4),
+    "small v": ("v", -2, -30, -30), "large v": ("v", -2, 37, 37), "large k": ("k", -1, 30, 30),
+    "large scores": ("k", -2, 5, 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("D", [64, 128])
+def test_hopper_forward_of_float32_of_any_size(D, name, ways, rng):
+    """As accurate as ever, and to the same bits either way."""
+    which, axis, low, high = SIZES[name]
+    case = make_case(rng, np.float32, Hq=2, Lq=200, Lk=300, D=D, is_causal=True)
+    x = getattr(case, which)
+    shape = [1] * x.ndim
+    shape[axis] = x.shape[axis]
+    factor = (10.0 ** rng.uniform(low, high, shape)).astype(np.float32)
+    with np.errstate(under="ignore"):
+        changed = {which: (x * factor).astype(np.float32)}
+        if which == "k" and axis == -1:
+            changed["q"] = (case.q / factor).astype(np.float32)
+    case = case.with_(**changed)
+    result = case.forward()
+    assert_forward(case.q, case.k, case.v, *result, is_causal=True)
+    ways.only_loads = True
+    assert_same_bits(case.forward()._asdict(), result._asdict())
+    assert ways == ["maps", "loads"]
+
+
 def test_hopper_forward_of_large_values_is_finite(ways, rng):
     """Sums that overflow though their mean does not."""
     case = make_case(rng, DTYPES["bfloat16"], Hq=2, Lq=200, Lk=300, D=64)
@@ -1166,12 +1213,18 @@ def test_hopper_forward_of_large_values_is_finite(ways, rng):
     assert_forward(case.q, case.k, case.v, *case.forward())
 
 
-@pytest.mark.parametrize(("D", "L", "Hq"), [(64, 1000, 40), (128, 1100, 24), (256, 700, 36)])
+@pytest.mark.parametrize(
+    ("dtype", "D", "L", "Hq"),
+    [
+        ("bfloat16", 64, 1000, 40), ("bfloat16", 128, 1100, 24), ("bfloat16", 256, 700, 36),
+        ("float32", 64, 1000, 40), ("float32", 128, 1100, 24),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_hopper_forward_with_more_tiles_than_multiprocessors(is_causal, D, L, Hq, ways, rng):
+def test_hopper_forward_with_more_tiles_than_multiprocessors(is_causal, dtype, D, L, Hq, ways, rng):
     """Several tiles for each block; every head is as it is alone."""
     options = dict(lead=(2,), Hq=Hq, Hkv=Hq // 4, Lq=L, Lk=L, D=D, is_causal=is_causal)
-    case = make_case(rng, DTYPES["bfloat16"], **options)
+    case = make_case(rng, DTYPES[dtype], **options)
     together = case.forward()
     assert_same_bits(case.forward()._asdict(), together._asdict())
     for b, h in ((0, 0), (1, Hq - 1), (1, 5)):
@@ -1204,7 +1257,15 @@ def test_hopper_backward_with_more_tiles_than_multiprocessors(is_causal, D, L, H
 
 
 def test_hopper_forward_writes_to_any_out(ways, rng):
-    case = on_device(make_case(rng, np.float16, lead=(2,), Hq=2, Lq=200, Lk=150, D=72, Dv=40))
+    shape = dict(lead=(2,), Hq=2, Lq=200, Lk=150, D=72, Dv=40)
+    case = on_device(make_case(rng, np.float32, **shape))
+    expected = to_host(case.forward().out)
+    for beside in (1, 4):  # number by number, and in pairs
+        whole = cupy.full((2, 2, 200, 40 + beside), 7, np.float32)
+        attention_forward(case.q, case.k, case.v, out=whole[..., beside:])
+        assert_same_bits(to_host(whole[..., beside:]), expected)
+        assert (whole[..., :beside] == 7).all()
+    case = on_device(make_case(rng, np.float16, **shape))
     expected = to_host(case.forward().out)
     for dtype, shape, cut in (
         (np.float16, (2, 2, 200, 41), np.s_[..., 1:]), (np.float16, (2, 2, 40, 200), "columns"),

@@ -136,20 +136,26 @@ HOPPER = [c for c in config.configs(90, "sm_90a") if c.kernel in config.HOPPER_K
 
 
 @pytest.mark.parametrize("own", ["forward", "backward_q", "backward_kv"])
-def test_hopper_serves_many_rows_of_16_bits(own):
+def test_hopper_serves_many_rows(own):
+    """Of 16 bits; and the forward of float32, where its tiles fit."""
+
     def kernel(dtype="float16", options="", D=64, Dv=64, rows=128, kernel=own):
         return config.choose(kernel, 90, "sm_90a", dtype, options, D, Dv, rows).kernel
 
-    assert {(c.kernel, c.dtype) for c in HOPPER} == set(
-        itertools.product(config.HOPPER_KERNELS, ("float16", "bfloat16"))
-    )
+    listed = set(itertools.product(config.HOPPER_KERNELS, ("float16", "bfloat16")))
+    listed |= {("hopper_forward", "float32"), ("hopper_careful", "float32")}
+    assert {(c.kernel, c.dtype) for c in HOPPER} == listed
     for D, Dv in itertools.product((8, 64, 72, 128, 136, 192, 256), repeat=2):
         assert kernel(D=D, Dv=Dv) == f"hopper_{own}"
     for other in (
-        dict(dtype="float32"), dict(options="all"), dict(options="alibi"), dict(D=264),
+        dict(dtype="float64"), dict(options="all"), dict(options="alibi"), dict(D=264),
         dict(Dv=264), dict(D=0), dict(Dv=0), dict(D=68), dict(Dv=65),
     ):  # fmt: skip
         assert kernel(**other) == own
+    for D, Dv in ((4, 4), (64, 64), (68, 128), (128, 12), (132, 8), (8, 256), (66, 64), (64, 2)):
+        fits = own == "forward" and max(D, Dv) <= 128 and D % 4 == Dv % 4 == 0
+        assert kernel("float32", D=D, Dv=Dv) == (f"hopper_{own}" if fits else own)
+    assert kernel("float32", "alibi") == kernel("float32", rows=64) == own
     for rows, few in ((16, config.DECODE), (64, own)):
         assert kernel(rows=rows) == (few if own == "forward" else f"hopper_{own}")
     for name in ("backward_bias", *config.SMALL_KERNELS):
@@ -170,13 +176,19 @@ def test_hopper_tiles_are_what_its_instructions_take():
         else:
             groups = c.Br // 64
             widths = {c.Bc, c.D if c.kernel.endswith("_q") else c.Dv}
+            if c.dtype == "float32":  # P V of 64 columns at a time
+                assert c.D == c.Dv and c.Dv in (64, 128)
+                widths = {c.Bc, 64}
         assert widths <= set(wgmma.WIDTHS)
         assert c.warps == 4 * (groups + fast)
         assert c.shared_bytes <= config.shared_limit(90)
         if fast:
             text = read(f"{c.kernel}.cu")
-            up, down = re.search(r"kComputers = (.*?), kLoaders = (.*?);", text).groups()
-            registers = [evaluate(f"({x})", {"kGroups": groups}) for x in (up, down)]
+            values = {"kGroups": groups, "kHalves": config.DTYPES[c.dtype] // 2}
+            registers = [
+                evaluate(f"({re.search(rf'{name} = ([^,;]*)', text)[1]})", values)
+                for name in ("kComputers", "kLoaders")
+            ]
             at_start = 65536 // c.threads // 8 * 8
             assert groups * registers[0] + registers[1] <= at_start * (groups + 1)
 
@@ -238,7 +250,9 @@ def evaluate(expression, names):
     """The value of a C expression of the few forms that the kernels' layouts have."""
     expression = re.sub(r"\((Tile|Acc|char)\*\)", r"\1 @ ", expression)
     expression = expression.replace("sizeof(Tile)", "Tile").replace("(int)", "")
-    expression = re.sub(r"\(([^?()]+) \? ([^:()]+) : ([^()]+)\)", r"(\2 if \1 else \3)", expression)
+    choice = r"\(([^?()]+) \? ([^:()]+) : ((?:[^()]|\([^()]*\))+)\)"
+    for _ in range(2):  # one may be in another
+        expression = re.sub(choice, r"(\2 if \1 else \3)", expression)
     return eval(expression.replace(" / ", " // "), {}, names)
 
 
@@ -330,6 +344,7 @@ def hopper_layout(c):
     names = {
         "kPanel": int(panel), "kBr": c.Br, "kBc": c.Bc, "kD": c.D, "kDv": c.Dv,
         "kShare": c.kernel.endswith("_kv") and c.D > 128,
+        "kHalves": config.DTYPES[c.dtype] // 2, "kGroups": c.Br // 64, "kStage": 16 * 32 * 4,
     }  # fmt: skip
     for name, parameters, expression in functions:
         words = [parameter.split()[1] for parameter in parameters.split(", ")]
@@ -349,14 +364,17 @@ def test_hopper_shared_memory_holds_what_kernels_lay_out():
         names = hopper_layout(c)
         tile = names["tile_bytes"]
         inputs = tile(c.Br, c.D) + tile(c.Bc, c.D) + tile(c.Bc, c.Dv)
+        halves = c.dtype == "float32"
         if c.kernel == "hopper_careful":
-            assert c.shared_bytes == inputs
+            assert c.shared_bytes == inputs + halves * 4 * (c.Br + 2 * c.Bc)
         elif c.kernel == "hopper_forward":
             apart = names["kBuffers"] + names["kBytesO"] <= names["kMost"]
             used = names["kBuffers"] + apart * names["kBytesO"]
-            orders_and_barriers = 2 * 16 + 8 * (2 + 2 * 2 + 4 * names["kStages"])
-            assert used + orders_and_barriers <= c.shared_bytes == used + 256
-            assert names["kMost"] + 256 == config.shared_limit(90)
+            barriers = 2 + 2 * 2 + 4 * names["kStages"] + halves * (1 + 2 * names["kStages"])
+            assert 2 * 16 + 8 * barriers <= 256
+            assert c.shared_bytes == used + 256 + names["kBytesWeights"]
+            assert names["kMost"] + 256 + names["kBytesWeights"] == config.shared_limit(90)
+            assert apart or not halves
         elif c.kernel == "hopper_backward_q":
             barriers = 8 * (2 + 2 * names["kStagesK"] + 2 * names["kStagesV"])
             assert names["kBuffers"] + barriers <= c.shared_bytes == names["kBuffers"] + 256
@@ -528,7 +546,15 @@ def test_tensor_maps_say_where_the_array_is(monkeypatch):
         assert make(pointer, 72, 300, 4, 2, row, head, 43200, 128) is None
     monkeypatch.setattr(tensor_maps, "_encode", lambda: lambda *args: 1)
     assert make(1024, 72, 300, 4, 2, 144, 43200, 172800, 128) is None  # the driver refuses
-    assert tensor_maps._PANEL == int(re.search(r"kPanel = (\d+);", read("hopper.cuh"))[1])
+    [panel] = map(int, re.findall(r"kPanel = (\d+);", read("hopper.cuh")))
+    for dtype, box in tensor_maps._BOX.items():
+        halves = config.DTYPES[dtype] // 2
+        assert box == panel // halves and box * config.DTYPES[dtype] == 128
+    tiles = tensor_maps.Tiles("float32", 72, 300, 4, 2, 288, 86400, 345600, 64)
+    monkeypatch.setattr(tensor_maps, "_encode", lambda: encode)
+    tensor_maps.tensor_map(1024, tiles)
+    strides = (288, 86400, 345600)
+    assert told[-1] == (7, 4, 1024, (72, 300, 4, 2), strides, (32, 64, 1, 1))
 
 
 def test_constants_are_those_of_the_kernels(driver):
@@ -996,3 +1022,19 @@ def test_what_is_known_is_known_by_all_that_it_depends_on(launches, driver):
             again = done(*changed)[1]
             assert (again.shape, again.strides, again.dtype) == (out.shape, out.strides, out.dtype)
             assert again.data.ptr != out.data.ptr
+
+
+def test_a_hopper_forward_of_float32_has_no_arrays_of_halves(launches, driver):
+    """They are made in shared memory: workspace is what 16 bits need, flags and a counter."""
+    from fastattn.attention import attention_forward
+
+    cupy, sizes = driver.cupy, {}
+    for dtype in (np.float16, np.float32):
+        memory = Memory(0x7F0000000000)
+        with cupy.cuda.using_allocator(memory):
+            q, k, v = (cupy.ndarray((2, 4, 1000, 128), dtype) for _ in range(3))
+            memory.sizes.clear()
+            attention_forward(q, k, v)
+        assert [x[0] for x in launches[-2:]] == ["hopper_forward", "hopper_careful"]
+        sizes[dtype] = memory.sizes[2:]  # out and lse come first
+    assert sizes[np.float32] == sizes[np.float16] and sum(sizes[np.float32]) < 4096

@@ -368,6 +368,22 @@ class TestExcludedMeansWithoutInfluence:
             assert np.isnan(out[:, j:]).all()
 
     @all_kernels
+    @pytest.mark.parametrize("power", [-30, -8, 8, 30])
+    def test_of_rows_of_other_sizes(self, target, dtype, power, rng):
+        """Finite numbers too: a key much larger or smaller than its neighbours."""
+        case = make_case(rng, dtype, Lq=70, Lk=70, D=16, is_causal=True)
+        expected = case.forward()
+        factor = np.asarray(2.0 ** (power if dtype != np.float16 else power / 4), dtype)
+        for j in (5, 37):
+            for name in ("k", "v"):
+                array = getattr(case, name).copy()
+                array[:, j] *= factor
+                result = case.with_(**{name: array}).forward()
+                assert_same_bits(result.out[:, :j], expected.out[:, :j])
+                assert_same_bits(result.lse[:, :j], expected.lse[:, :j])
+                assert (result.out[:, j] != expected.out[:, j]).any()
+
+    @all_kernels
     def test_of_a_score_of_minus_inf(self, target, dtype, rng):
         """A key whose scores are -inf because of data is excluded: so is its v."""
         case = make_case(rng, dtype, Lq=20, Lk=150, D=1, Dv=8)
@@ -798,6 +814,25 @@ class TestAccuracy:
         tiny = np.asarray({"float16": 1e-3}.get(dtype.name, 1e-30), dtype)
         case.with_(v=case.v * tiny, dout=case.dout * tiny, dlse=case.dlse * tiny).check()
         case.with_(k=case.k * tiny, q=case.q * tiny).check()
+
+    @pytest.mark.parametrize("D", [16, 64, 128])
+    def test_of_columns_of_different_sizes(self, target, D, rng):
+        """What is small in a key's row may be what counts, since its factor is large."""
+        case = make_case(rng, np.float32, Lq=40, Lk=70, D=D, is_causal=True)
+        size = (10.0 ** rng.uniform(-6, 6, D)).astype(np.float32)
+        q, k = case.q / size, case.k * size
+        assert_forward(q, k, case.v, *case.with_(q=q, k=k).forward(), is_causal=True)
+
+    @pytest.mark.parametrize("spread", [2, 30])
+    def test_of_rows_of_different_sizes(self, target, spread, rng):
+        """The first row of a causal problem sees one key, the last all of them."""
+        case = make_case(rng, np.float32, Lq=70, Lk=70, D=64, is_causal=True)
+        v = case.v * (10.0 ** rng.uniform(-spread, spread, (70, 1))).astype(np.float32)
+        out, lse = case.with_(v=v).forward()
+        assert_forward(case.q, case.k, v, out, lse, is_causal=True)
+        for i in (0, 1, 7):
+            assert_forward(case.q[:, : i + 1], case.k[:, : i + 1], v[:, : i + 1],
+                           out[:, : i + 1], lse[:, : i + 1], is_causal=True)  # fmt: skip
 
     @all_kernels
     @pytest.mark.parametrize("D", [128, 256])

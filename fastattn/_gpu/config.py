@@ -64,7 +64,10 @@ class Config(NamedTuple):
 
     @property
     def tile_dtype(self) -> str:
-        """What shared memory holds: Turing's matrix instructions know no bfloat16."""
+        """What shared memory holds: Turing's matrix instructions know no bfloat16, and Hopper's own
+        take float32 as two float16 numbers each."""
+        if self.kernel in HOPPER_KERNELS and self.dtype == "float32":
+            return "float16"
         return "float32" if self.family == "sm_75" and self.dtype == "bfloat16" else self.dtype
 
     def pitch(self, columns: int) -> int:
@@ -126,7 +129,8 @@ class Config(NamedTuple):
     @property
     def _hopper_bytes(self) -> int:
         """Tiles in panels of 64 columns, as kernels/hopper.cuh has them."""
-        row, row_v = (128 * -(-columns // 64) for columns in (self.D, self.Dv))
+        halves = DTYPES[self.dtype] // 2  # 16-bit numbers of a number
+        row, row_v = (128 * halves * -(-columns // 64) for columns in (self.D, self.Dv))
         barriers = 256
         if self.kernel == "hopper_backward_q":
             stages_v = 1 if self.D > 128 else 2
@@ -147,9 +151,12 @@ class Config(NamedTuple):
             return self.Bc * (row + row_v) + shared + (2 * stage + barriers if fast else stage)
         stages = 2 if self.kernel == "hopper_forward" else 1
         buffers = self.Br * row + stages * self.Bc * (row + row_v)
+        if halves == 2:  # weights of rows
+            buffers += 4 * (self.Br + 2 * stages * self.Bc)
         if self.kernel == "hopper_careful":
             return buffers
-        results, rest = self.Br * row_v, 256
+        # Results on their way out: in float32 only those that pass through number by number.
+        results, rest = self.Br * (row_v if halves == 1 else 128), 256
         return buffers + rest + (results if buffers + rest + results <= shared_limit(90) else 0)
 
 
@@ -258,19 +265,23 @@ _WALK = {
 }
 
 
-# sm_90a: head tiles (D, Dv) -> (Br, Bc) of a forward with many rows, numbers of 16 bits.
+# sm_90a: bytes of a number -> head tiles (D, Dv) -> (Br, Bc) of a forward with many rows.
 _HOPPER_TILES = {
-    (64, 64): (192, 128), (96, 96): (128, 128), (128, 128): (128, 128),
-    (192, 128): (128, 112), (192, 192): (128, 80), (256, 256): (128, 64),
+    2: {
+        (64, 64): (192, 128), (96, 96): (128, 128), (128, 128): (128, 128),
+        (192, 128): (128, 112), (192, 192): (128, 80), (256, 256): (128, 64),
+    },
+    4: {(64, 64): (128, 96), (128, 128): (128, 64)},
 }  # fmt: skip
 
 
 def _hopper_forward(dtype: str, options: str, D: int, Dv: int, rows: int) -> Config | None:
     """The configuration of sm_90a that serves a forward, if one does: of head sizes in steps of 16
     bytes, which the copy engine takes."""
-    if DTYPES[dtype] != 2 or options or rows <= 64 or 0 in (D, Dv) or D % 8 or Dv % 8:
+    size = DTYPES[dtype]
+    if size > 4 or options or rows <= 64 or 0 in (D, Dv) or D * size % 16 or Dv * size % 16:
         return None
-    for (tile, tile_v), (Br, Bc) in _HOPPER_TILES.items():
+    for (tile, tile_v), (Br, Bc) in _HOPPER_TILES[size].items():
         if D <= tile and Dv <= tile_v:
             warps = Br // 16 + 4
             return Config(

@@ -19,11 +19,12 @@ _SHARED = (
 )  # fmt: skip
 # What kernels of one family alone have besides.
 _HOPPER = ("WGMMA", "hopper.cuh")
+_FORWARD = (*_HOPPER, "hopper_halves.cuh", "hopper_forward.cuh")
 _BACKWARD_Q = (*_HOPPER, "hopper_backward.cuh", "hopper_backward_q.cuh")
 _BACKWARD_KV = (*_HOPPER, "hopper_backward.cuh", "hopper_backward_kv.cuh")
 _OF_KERNEL: dict[str, tuple[str, ...]] = {
-    "hopper_forward": (*_HOPPER, "hopper_forward.cuh"),
-    "hopper_careful": (*_HOPPER, "hopper_forward.cuh"),
+    "hopper_forward": _FORWARD,
+    "hopper_careful": _FORWARD,
     "hopper_backward_q": _BACKWARD_Q,
     "hopper_careful_q": _BACKWARD_Q,
     "hopper_finish_q": _BACKWARD_Q,

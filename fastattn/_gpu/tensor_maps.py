@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 # Of cuda.h: CU_TENSOR_MAP_DATA_TYPE_*, _SWIZZLE_128B, _L2_PROMOTION_L2_128B.
-_TYPES = {"float16": 6, "bfloat16": 9}
+_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9}
 _SWIZZLE, _PROMOTION = 3, 2
 _BYTES, _ALIGNMENT = 128, 64
-_PANEL = 64  # kPanel in kernels/hopper.cuh: columns of a box
+# Columns of a box, 128 bytes: a panel of kernels/hopper.cuh, or half of one.
+_BOX = {"float16": 64, "float32": 32, "bfloat16": 64}
 _FARTHEST = 1 << 40  # no stride reaches it
 
 
@@ -66,7 +67,7 @@ def tensor_map(pointer: int, tiles: Tiles) -> TensorMap | None:
         return None
     sizes = np.array([n for n, _ in axes], np.uint64)
     steps = np.array(strides, np.uint64)
-    boxes = np.array([_PANEL, tiles.box, 1, 1], np.uint32)
+    boxes = np.array([_BOX[tiles.dtype], tiles.box, 1, 1], np.uint32)
     ones = np.ones(4, np.uint32)
     storage = np.zeros(_BYTES + _ALIGNMENT, np.uint8)
     address = -(-storage.ctypes.data // _ALIGNMENT) * _ALIGNMENT

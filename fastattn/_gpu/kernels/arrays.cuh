@@ -147,7 +147,7 @@ enum Mode { kUsual, kClean, kScaled, kTaint };
 // kScaled: room for sums of the largest numbers; those of float16 never need any.
 template <class T> constexpr float kUpOf = 0x1p40f;
 template <> constexpr float kUpOf<f16> = 1;
-constexpr float kUp = kUpOf<Tile>, kDown = 1 / kUp;
+constexpr float kUp = kUpOf<Elem>, kDown = 1 / kUp;
 
 // Take what is not finite out of a tile, or (kTaint) leave 1 where it was and 0 elsewhere.
 template <class T>

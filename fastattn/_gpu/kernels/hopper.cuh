@@ -10,7 +10,8 @@
 //
 // Chunk c of row r is the (c ^ r % 8)th of its row (the 128-byte swizzle), so that eight rows of a
 // column of chunks are in different banks. A tile serves as it lies for sums along its rows and for
-// sums along its columns (a turned factor).
+// sums along its columns (a turned factor). float32 is two numbers of 16 bits, hi and lo; a panel of
+// lo follows that of hi. See hopper_halves.cuh.
 //
 // A result of 64 rows x N columns is float c[N / 8][4] in each thread. With warp w of the warpgroup,
 // g = lane / 4, t = lane % 4, the block c[n] is, as in mma.cuh,
@@ -21,15 +22,16 @@
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
 constexpr int kPanel = 64;
+constexpr int kHalves = sizeof(Elem) / 2;  // 16-bit numbers that a number is in tiles
 constexpr int panels_of(int columns) { return (columns + kPanel - 1) / kPanel; }
-constexpr int tile_bytes(int rows, int columns) { return panels_of(columns) * rows * 128; }
+constexpr int tile_bytes(int rows, int columns) { return panels_of(columns) * kHalves * rows * 128; }
 
 DEVICE u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
 
 // Where columns 8 c .. 8 c + 7 of row r are in a tile of kRows rows.
 template <int kRows>
 DEVICE u32 chunk_at(u32 tile, int r, int c) {
-  return tile + ((c >> 3) * kRows + r) * 128 + (((c ^ r) & 7) << 4);
+  return tile + ((c >> 3) * kHalves * kRows + r) * 128 + (((c ^ r) & 7) << 4);
 }
 
 // ---------------------------------------------------------------- barriers
@@ -70,8 +72,9 @@ DEVICE void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" 
 
 // ---------------------------------------------------------------- copies
 
-// One panel of a map (columns, rows, heads, batch entries); what is beyond the array becomes zero.
-DEVICE void load_panel(u32 to, const TensorMap& map, u32 barrier, int column, int row, int head, int batch) {
+// A box of a map (columns, rows, heads, batch entries), 128 bytes of each row: a panel, or half of one
+// in float32. What is beyond the array becomes zero.
+DEVICE void load_box(u32 to, const TensorMap& map, u32 barrier, int column, int row, int head, int batch) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3, %4, %5}], [%6];"
@@ -82,8 +85,8 @@ template <int kRows, int kColumns>
 DEVICE void load_map(u32 tile, const TensorMap& map, u32 barrier, int row, int head, int batch) {
   barrier_expect(barrier, tile_bytes(kRows, kColumns));
 #pragma unroll
-  for (int n = 0; n < panels_of(kColumns); n++)
-    load_panel(tile + n * kRows * 128, map, barrier, n * kPanel, row, head, batch);
+  for (int n = 0; n < panels_of(kColumns) * kHalves; n++)
+    load_box(tile + n * kRows * 128, map, barrier, n * kPanel / kHalves, row, head, batch);
 }
 
 // Bytes that lie side by side in memory and in shared memory, a multiple of 16.
@@ -163,11 +166,11 @@ DEVICE u64 descriptor(u32 tile, int panel_step, int rows_step) {
 }
 DEVICE u64 along_rows(u32 tile) { return descriptor(tile, 16, 1024); }
 template <int kRows>
-DEVICE u64 along_columns(u32 tile) { return descriptor(tile, kRows * 128, 1024); }
+DEVICE u64 along_columns(u32 tile) { return descriptor(tile, kHalves * kRows * 128, 1024); }
 
 // What takes such a descriptor to the k-th 16 numbers of the sum.
 template <int kRows>
-constexpr int row_step(int k) { return ((k >> 2) * kRows * 128 + (k & 3) * 32) >> 4; }
+constexpr int row_step(int k) { return ((k >> 2) * kHalves * kRows * 128 + (k & 3) * 32) >> 4; }
 constexpr int column_step(int k) { return k * 16 * 128 >> 4; }
 
 // c (+)= A B^T over steps [kFrom, kTo): 64 rows of a tile of kRowsA by N * 8 of a tile of kRowsB rows.

@@ -5,6 +5,15 @@
 // kScaled and kTaint of forward.cu. Without flags, for arrays that tensor maps cannot take, all tiles
 // are computed here, first in the usual mode.
 
+template <Whose kWhose, int kRows, int kColumns>
+DEVICE void load_factor(char* tile, float* weights, const Array& array, const char* row, int rows,
+                        int width, int mode) {
+  if constexpr (kHalves == 1)
+    load_tile_carefully<kRows, kColumns>(tile, array, row, rows, width, mode);
+  else
+    load_halves_carefully<kWhose, kRows, kColumns>(tile, weights, array, row, rows, width, mode);
+}
+
 static_assert(kThreads == 128 * kGroups, "");
 static_assert(kThreads / 32 * kStage <= tile_bytes(kBc, kD) + tile_bytes(kBc, kDv), "");
 
@@ -14,6 +23,9 @@ hopper_careful(const __grid_constant__ Params p) {
   char* const sQ = shared;
   char* const sK = sQ + tile_bytes(kBr, kD);
   char* const sV = sK + tile_bytes(kBc, kD);
+  float* const weights_q = (float*)(sV + tile_bytes(kBc, kDv));  // of float32
+  float* const weights_k = weights_q + kBr;
+  float* const weights_v = weights_k + kBc;
   const int total = (int)(p.tiles * p.Hq * p.batch), step = (int)gridDim.x;
   const u32* const flags = (const u32*)p.flags;  // four warps' flags in each
   auto flagged = [&](int index) {
@@ -39,7 +51,8 @@ hopper_careful(const __grid_constant__ Params p) {
     const Work work = work_of(p, b, (int)p.tiles - 1 - turn.tile);
     const int i = work.row0 + warp * 16 + (lane >> 2), kv_len = entry_of(p, b).kv_len;
     __syncthreads();
-    load_tile_carefully<kBr, kD>(sQ, p.q, p.q.at(b, h) + work.row0 * p.q.row, (int)p.Lq - work.row0, (int)p.D, kUsual);
+    load_factor<kOfQ, kBr, kD>(sQ, weights_q, p.q, p.q.at(b, h) + work.row0 * p.q.row,
+                               (int)p.Lq - work.row0, (int)p.D, kUsual);
 
     for (int mode = flags ? kClean : kUsual, next;; mode = next) {
       Results results;
@@ -49,23 +62,34 @@ hopper_careful(const __grid_constant__ Params p) {
 #pragma unroll 1
       for (int n = work.to - 1; n >= work.from; n--) {
         const int j = n * kBc;
-        load_tile_carefully<kBc, kD>(sK, p.k, p.k.at(b, kv_head) + j * p.k.row, kv_len - j, (int)p.D, kUsual);
-        load_tile_carefully<kBc, kDv>(sV, p.v, p.v.at(b, kv_head) + j * p.v.row, kv_len - j, (int)p.Dv, mode);
+        load_factor<kOfK, kBc, kD>(sK, weights_k, p.k, p.k.at(b, kv_head) + j * p.k.row,
+                                   kv_len - j, (int)p.D, kUsual);
+        load_factor<kOfV, kBc, kDv>(sV, weights_v, p.v, p.v.at(b, kv_head) + j * p.v.row,
+                                    kv_len - j, (int)p.Dv, mode);
         writes_to_async();
         __syncthreads();
         Scores scores;
-        u32 factor[kN / 2][4];
+        Factor factor;
         float scale[2];
         scores.start(of_q, of_k);
         products_wait<0>();
         scores.finish();
+        if constexpr (kHalves == 2) {
+          weigh_scores(scores.s[0], weights_q + warp * 16 + (lane >> 2), weights_k, log2_unit);
+          const int j0 = j + 2 * (lane & 3);
+          const char* const of_row0 = p.q.at(b, h);
+          const char* const of_key0 = p.k.at(b, kv_head);
+          if (mode != kUsual)
+            repair(scores.s, p.q, p.k, p.D,
+                   [&](int, int n, int e) { return Place{i + (e >> 1) * 8, j0 + n * 8 + (e & 1)}; },
+                   [&](Place at) { return at.r < p.Lq ? of_row0 + at.r * p.q.row : nullptr; },
+                   [&](Place at) { return at.c < kv_len ? of_key0 + at.c * p.k.row : nullptr; });
+        }
         if (mode != kUsual || work.cut(n)) scores.exclude(p, b, i, j);
         rows.add(scores, scale, log2_unit, mode);
-        to_factor(factor, scores.s[0]);
+        results.factor_of(factor, scores, weights_v);
         results.rescale(scale);
-        results.start(factor, of_v);
-        products_wait<0>();
-        settle(results.o);
+        results.add(factor, of_v);
         __syncthreads();
       }
       const bool odd = __syncthreads_or(results.finish(p, rows, b, h, i, mode));

@@ -8,17 +8,25 @@
 // Blocks of the grid stay and take tile after tile from a counter, longest first under a causal
 // bound, so that the loader is already at the next tile while this one is written. Only blocks that a
 // bound cuts are masked. A warp whose rows do not all end finite sets its flag, for hopper_careful.cu.
+//
+// In float32 the other three warps of the loader's warpgroup split what has come into halves, where it
+// lies (hopper_halves.cuh): the copy engine tells them, and they tell the warpgroups that compute.
 
 constexpr int kStages = 2;
+constexpr int kSplitters = kHalves == 2 ? 3 : 0;  // warps
 constexpr int kBytesQ = tile_bytes(kBr, kD);
 constexpr int kBytesK = tile_bytes(kBc, kD);
 constexpr int kBytesV = tile_bytes(kBc, kDv);
-constexpr int kBytesO = tile_bytes(kBr, kDv);
+constexpr int kBytesTile = tile_bytes(kBr, kDv), kBytesPassed = 4 * kGroups * kStage;
+constexpr int kBytesO = kHalves == 2 ? kBytesPassed : kBytesTile;
+constexpr int kBytesOfRows = 4 * (kBr + 2 * kStages * kBc);  // weights
+constexpr int kBytesWeights = kHalves == 2 ? kBytesOfRows : 0;
 constexpr int kBuffers = kBytesQ + kStages * (kBytesK + kBytesV);
-constexpr int kMost = 227 * 1024 - 256;
+constexpr int kMost = 227 * 1024 - 256 - kBytesWeights;
 constexpr bool kApart = kBuffers + kBytesO <= kMost;  // results have room of their own,
 constexpr int kAtO = kApart ? kBuffers : 0;           // else they take that of Q
-constexpr int kComputers = kGroups == 2 ? 240 : 160, kLoaders = kGroups == 2 ? 24 : 32;  // registers
+constexpr int kComputers = kHalves == 2 ? 216 : (kGroups == 2 ? 240 : 160);  // registers
+constexpr int kLoaders = kHalves == 2 ? 72 : (kGroups == 2 ? 24 : 32);
 
 // A tile of the work, as the loader hands it on; b = -1 is the end.
 struct alignas(16) Order { int b, h, tile, index; };
@@ -30,23 +38,38 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
   const u32 sQ = shared_address(shared), sK = sQ + kBytesQ, sV = sK + kStages * kBytesK;
   char* const rest = shared + kBuffers + (kApart ? kBytesO : 0);
   Order* const orders = (Order*)rest;  // two of them, in turn
+  float* const weights_q = (float*)(rest + 256);
+  float* const weights_k = weights_q + kBr;  // for each of the buffers
+  float* const weights_v = weights_k + kStages * kBc;
   const u32 barriers = shared_address(rest) + 2 * sizeof(Order);
   const u32 q_full = barriers, q_free = q_full + 8, order_full = q_free + 8, order_free = order_full + 16;
   const u32 k_full = order_free + 16, k_free = k_full + 8 * kStages;
   const u32 v_full = k_free + 8 * kStages, v_free = v_full + 8 * kStages;
+  // Over when copies are there, in float32 still to be split.
+  const u32 of_splitters = v_free + 8 * kStages;
+  const u32 q_there = kSplitters ? of_splitters : q_full;
+  const u32 k_there = kSplitters ? of_splitters + 8 : k_full;
+  const u32 v_there = kSplitters ? k_there + 8 * kStages : v_full;
   if (threadIdx.x == 0) {
-    constexpr int kReaders = 4 * kGroups;  // warps
-    barrier_init(q_full, 1);
+    constexpr int kReaders = 4 * kGroups, kWriters = kSplitters ? kSplitters : 1;  // warps
+    barrier_init(q_full, kWriters);
     barrier_init(q_free, kReaders);
     for (int x = 0; x < 2; x++) {
       barrier_init(order_full + 8 * x, 1);
-      barrier_init(order_free + 8 * x, kReaders);
+      barrier_init(order_free + 8 * x, kReaders + kSplitters);
     }
     for (int x = 0; x < kStages; x++) {
-      barrier_init(k_full + 8 * x, 1);
+      barrier_init(k_full + 8 * x, kWriters);
       barrier_init(k_free + 8 * x, kReaders);
-      barrier_init(v_full + 8 * x, 1);
+      barrier_init(v_full + 8 * x, kWriters);
       barrier_init(v_free + 8 * x, kReaders);
+    }
+    if (kSplitters) {
+      barrier_init(q_there, 1);
+      for (int x = 0; x < kStages; x++) {
+        barrier_init(k_there + 8 * x, 1);
+        barrier_init(v_there + 8 * x, 1);
+      }
     }
     barriers_ready();
   }
@@ -54,6 +77,52 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
 
   if (threadIdx.x < 128) {
     registers_down<kLoaders>();
+    if (kSplitters && threadIdx.x >= 32) {
+      const int warp = (threadIdx.x >> 5) - 1;
+      int tiles = 0, keys = 0, values = 0;  // split so far
+      auto done = [&](u32 barrier) {
+        writes_to_async();
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) barrier_arrive(barrier);
+      };
+      auto split_k = [&] {
+        const int stage = keys % kStages;
+        barrier_wait(k_there + 8 * stage, keys / kStages & 1);
+        char* const tile = shared + kBytesQ + stage * kBytesK;
+        split_tile<kOfK, kBc, kD>(tile, weights_k + stage * kBc, warp, kSplitters);
+        done(k_full + 8 * stage);
+        keys++;
+      };
+      auto split_v = [&] {
+        const int stage = values % kStages;
+        char* const tile = shared + kBytesQ + kStages * kBytesK + stage * kBytesV;
+        barrier_wait(v_there + 8 * stage, values / kStages & 1);
+        split_tile<kOfV, kBc, kDv>(tile, weights_v + stage * kBc, warp, kSplitters);
+        done(v_full + 8 * stage);
+        values++;
+      };
+      for (int turn = 0;; turn++) {
+        const int slot = turn & 1;
+        barrier_wait(order_full + 8 * slot, turn >> 1 & 1);
+        const Order order = orders[slot];
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) barrier_arrive(order_free + 8 * slot);
+        if (order.b < 0) return;
+        const Work work = work_of(p, order.b, order.tile);
+        if (work.from >= work.to) continue;
+        split_k();
+        barrier_wait(q_there, tiles & 1);
+        split_tile<kOfQ, kBr, kD>(shared, weights_q, warp, kSplitters);
+        done(q_full);
+        tiles++;
+#pragma unroll 1
+        for (int n = work.to - 2; n >= work.from; n--) {
+          split_k();
+          split_v();
+        }
+        split_v();
+      }
+    }
     if (threadIdx.x != 0) return;
     const int total = (int)(p.tiles * p.Hq * p.batch);
     int tiles = 0, keys = 0, values = 0;  // loaded so far
@@ -75,19 +144,19 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
       auto load_k = [&](int n) {
         const int stage = keys % kStages;
         barrier_wait(k_free + 8 * stage, (keys / kStages & 1) ^ 1);
-        load_map<kBc, kD>(sK + stage * kBytesK, map_k, k_full + 8 * stage, n * kBc, kv_head, order.b);
+        load_map<kBc, kD>(sK + stage * kBytesK, map_k, k_there + 8 * stage, n * kBc, kv_head, order.b);
         keys++;
       };
       auto load_v = [&](int n) {
         const int stage = values % kStages;
         barrier_wait(v_free + 8 * stage, (values / kStages & 1) ^ 1);
-        load_map<kBc, kDv>(sV + stage * kBytesV, map_v, v_full + 8 * stage, n * kBc, kv_head, order.b);
+        load_map<kBc, kDv>(sV + stage * kBytesV, map_v, v_there + 8 * stage, n * kBc, kv_head, order.b);
         values++;
       };
       if (work.from < work.to) {
         load_k(work.to - 1);
         barrier_wait(q_free, (tiles & 1) ^ 1);
-        load_map<kBr, kD>(sQ, map_q, q_full, work.row0, order.h, order.b);
+        load_map<kBr, kD>(sQ, map_q, q_there, work.row0, order.h, order.b);
         tiles++;
 #pragma unroll 1
         for (int n = work.to - 2; n >= work.from; n--) {
@@ -122,47 +191,64 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
     rows.clear();
     if (work.from < work.to) {
       Scores scores;
-      u32 factor[kN / 2][4];
+      Factor factor;
       float scale[2];
       int n = work.to - 1, stage = blocks % kStages;
       auto wait_k = [&](int block) { barrier_wait(k_full + 8 * (block % kStages), block / kStages & 1); };
+      auto wait_v = [&](int stage, int block) {
+        barrier_wait(v_full + 8 * stage, block / kStages & 1);
+      };
+      // S is there: what is left of it, and its buffer is free.
+      auto finish_s = [&](int stage) {
+        scores.finish();
+        if constexpr (kHalves == 2) {
+          const float* const of_rows = weights_q + warp * 16 + (lane >> 2);
+          weigh_scores(scores.s[0], of_rows, weights_k + stage * kBc, log2_unit);
+          __syncwarp();
+        }
+        if (lane == 0) barrier_arrive(k_free + 8 * stage);
+      };
       barrier_wait(q_full, tiles & 1);
       wait_k(blocks);
       scores.start(of_q, of_k + (stage * kBytesK >> 4));
       products_wait<0>();
-      scores.finish();
-      if (lane == 0) barrier_arrive(k_free + 8 * stage);
+      finish_s(stage);
       if (work.cut(n)) scores.exclude(p, order.b, i, n * kBc);
       rows.add(scores, scale, log2_unit);
-      to_factor(factor, scores.s[0]);
+      if (kHalves == 2) wait_v(stage, blocks);
+      results.factor_of(factor, scores, weights_v + stage * kBc);
       if (n > work.from) wait_k(blocks + 1);
 #pragma unroll 1
       while (--n >= work.from) {
         const int next = (blocks + 1) % kStages;
+        if constexpr (kShares == 2) results.start<0>(factor, of_v + (stage * kBytesV >> 4));
         scores.start(of_q, of_k + (next * kBytesK >> 4));
-        barrier_wait(v_full + 8 * stage, blocks / kStages & 1);
-        results.start(factor, of_v + (stage * kBytesV >> 4));
+        if constexpr (kShares == 2) {
+          products_wait<1>();
+          results.end<0>();
+        }
+        if (kHalves == 1) wait_v(stage, blocks);
+        results.start<kShares - 1>(factor, of_v + (stage * kBytesV >> 4));
         products_wait<1>();
-        scores.finish();
-        if (lane == 0) barrier_arrive(k_free + 8 * next);
+        finish_s(next);
         if (work.cut(n)) scores.exclude(p, order.b, i, n * kBc);
         rows.add(scores, scale, log2_unit);
         // Here, since the compiler moves a wait for products up to the branch before it, and the
         // softmax is to come before that.
         if (n > work.from) wait_k(blocks + 2);
         products_wait<0>();
-        settle(results.o);
+        results.end<kShares - 1>();
         if (lane == 0) barrier_arrive(v_free + 8 * stage);
-        to_factor(factor, scores.s[0]);
+        if (kHalves == 2) wait_v(next, blocks + 1);
+        results.factor_of(factor, scores, weights_v + next * kBc);
         results.rescale(scale);
         stage = next;
         blocks++;
       }
       if (kApart && lane == 0) barrier_arrive(q_free);
-      barrier_wait(v_full + 8 * stage, blocks / kStages & 1);
-      results.start(factor, of_v + (stage * kBytesV >> 4));
-      products_wait<0>();
-      settle(results.o);
+      if (kHalves == 1) wait_v(stage, blocks);
+      results.add(factor, of_v + (stage * kBytesV >> 4));
+      if (kHalves == 2) __syncwarp();  // weights are read
       if (lane == 0) barrier_arrive(v_free + 8 * stage);
       blocks++;
     }
@@ -173,7 +259,9 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
     const int r0 = warp * 16;
     __syncwarp();
     if (!kApart) named_sync(1 + group, 128);  // all have read Q
-    if (p.out_kind == kF32 || p.out.access != kVectors) {
+    if (kHalves == 2 && p.out.access == kVectors) {
+      results.write_pairs(p, order.b, order.h, i);
+    } else if (p.out_kind == kF32 || p.out.access != kVectors) {
       static_assert(kStage <= 16 * 128 * panels_of(kDv), "");
       float* const stage = (float*)(shared + kAtO + warp * kStage);
       results.write_out(p, order.b, order.h, work.row0 + r0, stage, kUsual);
@@ -182,9 +270,9 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
 #pragma unroll
       for (int n = 0; n < kO; n += 2)
         store_blocks(chunk_at<kBr>(sQ + kAtO, r0 + (lane & 15), n + (lane >> 4)),
-                     pack(Elem(), results.o[n][0], results.o[n][1]), pack(Elem(), results.o[n][2], results.o[n][3]),
-                     pack(Elem(), results.o[n + 1][0], results.o[n + 1][1]),
-                     pack(Elem(), results.o[n + 1][2], results.o[n + 1][3]));
+                     pack(Tile(), results.o[n][0], results.o[n][1]), pack(Tile(), results.o[n][2], results.o[n][3]),
+                     pack(Tile(), results.o[n + 1][0], results.o[n + 1][1]),
+                     pack(Tile(), results.o[n + 1][2], results.o[n + 1][3]));
       __syncwarp();
       char* const to = p.out.at(order.b, order.h);
 #pragma unroll 4

@@ -4,11 +4,17 @@
 //
 // A warpgroup owns 64 query rows; a thread has two of them, g and g + 8 of its warp's 16, shared by
 // four lanes. Blocks of kBc keys are walked from the last to the first.
+//
+// In float32 (hopper_halves.cuh) P V of a block is made on its own and then added, since what the
+// tensor cores truncate of each sum would add up; 64 columns at a time, which leaves room in registers.
 
 constexpr int kGroups = kBr / 64;  // warpgroups that compute
 constexpr int kN = kBc / 8, kO = kDv / 8;
-// Truncated sums of more than 128 products would be felt in lse: the rest has a sum of its own.
-constexpr int kSteps = kD / 16, kFirstSteps = kD > 128 ? 8 : kSteps;
+// Truncated sums of more than 128 products, or 64 of float32, would be felt in lse: the rest has a sum
+// of its own.
+constexpr int kMostSteps = 8 / kHalves;
+constexpr int kSteps = kD / 16, kFirstSteps = kSteps > kMostSteps ? kMostSteps : kSteps;
+constexpr int kShares = kHalves == 2 ? kDv / 64 : 1;  // of the columns of P V
 
 // kBr rows of a query head, and the blocks of keys that they see.
 struct Work {
@@ -47,9 +53,23 @@ struct Scores {
 
   DEVICE void start(u64 q, u64 k) {
     products_fence();
-    multiply_along_rows<0, kFirstSteps, kBr, kBc>(s[0], q, k, 0);
-    if constexpr (kFirstSteps < kSteps) multiply_along_rows<kFirstSteps, kSteps, kBr, kBc>(rest, q, k, 0);
+    if constexpr (kHalves == 1) {
+      multiply_along_rows<0, kFirstSteps, kBr, kBc>(s[0], q, k, 0);
+      if constexpr (kFirstSteps < kSteps) multiply_along_rows<kFirstSteps, kSteps, kBr, kBc>(rest, q, k, 0);
+    } else if constexpr (kFirstSteps == kSteps) {
+      start_small(s[0], q, k);
+      multiply_along_rows<0, kSteps, kBr, kBc>(s[0], q, k, 1);
+    } else {
+      multiply_along_rows<0, kFirstSteps, kBr, kBc>(s[0], q, k, 0);
+      start_small(rest, q, k);
+      multiply_along_rows<kFirstSteps, kSteps, kBr, kBc>(rest, q, k, 1);
+    }
     products_commit();
+  }
+  template <int N>
+  DEVICE static void start_small(float (&c)[N][4], u64 q, u64 k) {
+    multiply_along_rows<0, kSteps, kBr, kBc>(c, q + (kLowQ >> 4), k, 0);
+    multiply_along_rows<0, kSteps, kBr, kBc>(c, q, k + (kLowK >> 4), 1);
   }
   // Once the products are there.
   DEVICE void finish() {
@@ -111,8 +131,9 @@ struct Rows {
       for (int e = 0; e < 4; e++) {
         float& x = s[n][e];
         const float most = safe[e >> 1];
-        if (mode < kScaled) x = exp2_of(fma_of(x, log2_unit, -(most * log2_unit)));
-        else if (mode == kScaled) x = exp2_of((x - most) * log2_unit);
+        // In float32 the largest is exactly 1, so that little is lost where it is all there is.
+        if (kHalves == 1 && mode < kScaled) x = exp2_of(fma_of(x, log2_unit, -(most * log2_unit)));
+        else if (kHalves == 2 ? mode < kTaint : mode == kScaled) x = exp2_of((x - most) * log2_unit);
         else x = x == -infinity(float()) ? 0 : 1;
         part[e >> 1][e & 1] += x;
       }
@@ -122,15 +143,25 @@ struct Rows {
   }
 };
 
+// P as a factor of the next product.
+typedef u32 Factor[kHalves][kN / 2][4];
+
 // Results in the making, a thread's columns of its two rows.
 struct Results {
   float o[kO][4], lse[2];
+  float block[8][4], before[2], down[2];  // float32: P V of a block; factors of o and of it
 
   DEVICE void clear() {
 #pragma unroll
     for (int n = 0; n < kO; n++) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0;
+    before[0] = before[1] = 1;
   }
   DEVICE void rescale(const float (&scale)[2]) {
+    if constexpr (kHalves == 2) {  // when the block is added
+      before[0] = scale[0];
+      before[1] = scale[1];
+      return;
+    }
     // No row of the warp has a new maximum: the usual case once the large scores have been met. Where
     // there are few columns, looking costs as much as multiplying.
     if (kDv > 128 && __all_sync(~0u, scale[0] == 1 && scale[1] == 1)) return;
@@ -139,11 +170,57 @@ struct Results {
 #pragma unroll
       for (int e = 0; e < 4; e++) o[n][e] *= scale[e >> 1];
   }
-  // o += P V, a batch of products.
-  DEVICE void start(const u32 (&factor)[kN / 2][4], u64 v) {
+  // P on its way to the product with v.
+  DEVICE void factor_of(Factor& factor, Scores& scores, const float* weights_v) {
+    if constexpr (kHalves == 1) {
+      to_factor(factor[0], scores.s[0]);
+    } else {
+      const Scaling scaling = weigh_values(scores.s[0], weights_v);
+      to_factor(factor, scores.s[0], scaling.up);
+      down[0] = scaling.down[0];
+      down[1] = scaling.down[1];
+    }
+  }
+  // o += P V, a share of its columns: a batch of products.
+  template <int kShare>
+  DEVICE void start(const Factor& factor, u64 v) {
     products_fence();
-    multiply_registers(o, factor, v, 1);
+    if constexpr (kHalves == 1) {
+      multiply_registers(o, factor[0], v, 1);
+    } else {
+      const u64 of_share = v + (kShare * 2 * kBc * 128 >> 4);
+      multiply_registers(block, factor[1], of_share, 0);
+      multiply_registers(block, factor[0], of_share + (kLowV >> 4), 1);
+      multiply_registers(block, factor[0], of_share, 1);
+    }
     products_commit();
+  }
+  // Once the products are there.
+  template <int kShare>
+  DEVICE void end() {
+    if constexpr (kHalves == 1) {
+      settle(o);
+    } else {
+      settle(block);
+#pragma unroll
+      for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          float& x = o[kShare * 8 + n][e];
+          x = fma_of(x, before[e >> 1], block[n][e] * down[e >> 1]);
+        }
+    }
+  }
+  // All of it.
+  DEVICE void add(const Factor& factor, u64 v) {
+    start<0>(factor, v);
+    products_wait<0>();
+    end<0>();
+    if constexpr (kShares == 2) {
+      start<1>(factor, v);
+      products_wait<0>();
+      end<1>();
+    }
   }
   // Normalise; returns whether something is not finite that a row computed. As in forward.cu.
   DEVICE bool finish(const Params& p, const Rows& rows, int b, int h, int i, int mode) {
@@ -156,6 +233,7 @@ struct Results {
       const bool exists = i + 8 * half < q_len, dead = !exists || (high == none && sum == 0);
       if (high != none) high *= (float)p.scale;
       if (mode == kScaled) factor *= kUp;
+      if (kHalves == 2) factor *= kUnit;
       if (p.sinks && exists) {
         const float sink = ((const float*)p.sinks)[h], top = max_of(high, sink);
         const float safe = top == none ? 0 : top, shrunk = exp2_of((high - safe) * (float)kLog2e);
@@ -183,6 +261,19 @@ struct Results {
       if (i + 8 * half >= p.Lq) continue;
       char* const to = p.lse.at(b, h) + (i + 8 * half) * p.lse.row;
       if (mode != kScaled || !finite(load<float>(to, p.lse.access))) store(to, lse[half], p.lse.access);
+    }
+  }
+  // float32 to an array of whole chunks: four lanes write 32 bytes of a row.
+  DEVICE void write_pairs(const Params& p, int b, int h, int i) const {
+    const int t = threadIdx.x & 3;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      if (i + 8 * half >= p.Lq) continue;
+      char* const to = p.out.at(b, h) + (i + 8 * half) * p.out.row + t * 8;
+#pragma unroll
+      for (int n = 0; n < kO; n++)
+        if (n * 8 + 2 * t < p.Dv)
+          *(float2*)(to + n * 32) = make_float2(o[n][2 * half], o[n][2 * half + 1]);
     }
   }
   // To any array, number by number, through kStage bytes of shared memory for each warp: i0 is its

@@ -119,6 +119,7 @@ DEVICE float tanh_of(float x) {
 DEVICE double tanh_of(double x) { return tanh(x); }
 DEVICE float max_of(float a, float b) { return fmaxf(a, b); }
 DEVICE double max_of(double a, double b) { return fmax(a, b); }
+DEVICE float min_of(float a, float b) { return fminf(a, b); }
 DEVICE float abs_of(float x) { return fabsf(x); }
 DEVICE double abs_of(double x) { return fabs(x); }
 DEVICE float fma_of(float a, float b, float c) { return __fmaf_rn(a, b, c); }
