@@ -39,7 +39,8 @@ def tiled(arch, family):
 
 def test_package_has_the_sources():
     names = {path.name for path in KERNEL_FILES.iterdir()}
-    shared = {*source._SHARED, *itertools.chain(*source._OF_KERNEL.values())} - {"PARAMS", "WGMMA"}
+    shared = {*source._SHARED, source._HALVES, *itertools.chain(*source._OF_KERNEL.values())}
+    shared -= {"PARAMS", "WGMMA"}
     kernels = (*config.KERNELS, config.DECODE, *config.HOPPER_KERNELS)
     assert names == shared | {f"{k}.cu" for k in kernels}
 
@@ -248,7 +249,7 @@ class Cast(int):
 
 def evaluate(expression, names):
     """The value of a C expression of the few forms that the kernels' layouts have."""
-    expression = re.sub(r"\((Tile|Acc|char)\*\)", r"\1 @ ", expression)
+    expression = re.sub(r"\((Tile|Acc|char|float)\*\)", r"\1 @ ", expression)
     expression = expression.replace("sizeof(Tile)", "Tile").replace("(int)", "")
     choice = r"\(([^?()]+) \? ([^:()]+) : ((?:[^()]|\([^()]*\))+)\)"
     for _ in range(2):  # one may be in another
@@ -262,6 +263,7 @@ def layout(c):
     [pitch] = re.findall(r"int pitch_of\(int columns\) \{ return (.*); \}", read("arrays.cuh"))
     names = {
         "Tile": Cast(config.DTYPES[c.tile_dtype]), "Acc": Cast(acc), "char": Cast(1),
+        "float": Cast(4), "kInHalves": c.halves,
         "kD": c.D, "kDv": c.Dv, "kBr": c.Br, "kBc": c.Bc, "kWalk": c.walk, "shared": Pointer(0, 1),
         "kWarps": c.warps,
     }  # fmt: skip

@@ -70,6 +70,18 @@ class Config(NamedTuple):
             return "float16"
         return "float32" if self.family == "sm_75" and self.dtype == "bfloat16" else self.dtype
 
+    @property
+    def halves(self) -> bool:
+        """Whether float32 is multiplied as two float16 numbers each; otherwise as tf32 ones."""
+        return (
+            self.kernel == "forward"
+            and self.dtype == "float32"
+            and self.family != "sm_75"
+            and not self.walk
+            and self.D == self.Dv
+            and self.D in (32, 64, 128, 256)
+        )
+
     def pitch(self, columns: int) -> int:
         """Bytes from row to row of a tile; `pitch_of` in kernels/arrays.cuh."""
         size = DTYPES[self.tile_dtype]
@@ -105,6 +117,8 @@ class Config(NamedTuple):
             "backward_bias": (self.Br + self.Bc, self.Br + self.Bc),
         }[self.kernel]
         buffers = rows * row + rows_v * row_v
+        if self.halves:
+            buffers += 4 * (self.Br + 2 * self.Bc)  # weights of rows
         if self.kernel == "backward_kv":
             buffers += 4 * self.Br * acc
         results = 16 * self.warps * (self.out_columns + 4) * acc
@@ -237,7 +251,7 @@ _TILES: dict[tuple[str, int], dict[int, tuple[tuple[int, int, int, int], ...]]] 
     ("forward 64", 4): {128: ((64, 32, 4, 2), (64, 16, 4, 1)), 256: ((64, 16, 4, 1),)},
     ("forward 128", 4): {
         64: ((128, 32, 4, 2), (64, 32, 4, 2)),
-        128: ((64, 32, 4, 2), (64, 16, 4, 1)),
+        128: ((128, 32, 8, 1), (64, 32, 4, 2), (64, 16, 4, 1)),
         256: ((64, 16, 4, 1),),
     },
     ("forward 16", 8): {64: ((16, 32, 1, 4),), 128: ((16, 16, 1, 2),)},

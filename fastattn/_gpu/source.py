@@ -17,6 +17,7 @@ from fastattn._gpu.params import DECLARATION
 _SHARED = (
     "types.cuh", "mma.cuh", "arrays.cuh", "PARAMS", "pairs.cuh", "blocks.cuh", "gradient.cuh",
 )  # fmt: skip
+_HALVES = "halves.cuh"  # where float32 is multiplied as float16 numbers
 # What kernels of one family alone have besides.
 _HOPPER = ("WGMMA", "hopper.cuh")
 _FORWARD = (*_HOPPER, "hopper_halves.cuh", "hopper_forward.cuh")
@@ -35,7 +36,10 @@ _OF_KERNEL: dict[str, tuple[str, ...]] = {
 # `Option` in kernels/pairs.cuh.
 _OPTIONS = {"": 0, "all": (1 << len(OPTIONS)) - 1}
 _OPTIONS |= {name: 1 << i for i, name in enumerate(OPTIONS)}
-_C_TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "float", "float64": "double"}
+_C_TYPES = {
+    "float16": "f16", "bfloat16": "bf16", "float32": "float", "float64": "double",
+    "halves": "halves",
+}  # fmt: skip
 
 
 @functools.cache
@@ -54,17 +58,19 @@ def assemble(config: Config) -> str:
         "kArch": config.family.removeprefix("sm_").removesuffix("a"),
         "kOptions": _OPTIONS[config.options],
         "kWalk": int(config.walk),
+        "kInHalves": int(config.halves),
     }
     constants = {
         "kD": config.D, "kDv": config.Dv, "kBr": config.Br, "kBc": config.Bc,
         "kWarps": config.warps, "kThreads": config.threads, "kBlocks": config.blocks,
         "kRing": DECODE_STAGES,
     }  # fmt: skip
-    types = {"Elem": config.dtype, "Tile": config.tile_dtype}
+    types = {"Elem": config.dtype, "Tile": "halves" if config.halves else config.tile_dtype}
     head = [f"#define {name} {value}" for name, value in values.items()]
     choice = [f"constexpr int {name} = {value};" for name, value in constants.items()]
     choice += [f"using {name} = {_C_TYPES[dtype]};" for name, dtype in types.items()]
     choice += [f"using Acc = {acc};"]
-    names = (*_SHARED, *_OF_KERNEL.get(config.kernel, ()), f"{config.kernel}.cu")
+    more = (_HALVES,) if config.halves else _OF_KERNEL.get(config.kernel, ())
+    names = (*_SHARED, *more, f"{config.kernel}.cu")
     files = [_text(name, config.tile_dtype) for name in names]
     return "\n".join([*head, files[0], *choice, *files[1:]])

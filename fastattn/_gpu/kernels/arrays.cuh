@@ -93,11 +93,14 @@ DEVICE void wait_for_threads() {
   else __syncthreads();
 }
 
+// A thread loads what it may later split on its own.
+constexpr int kCopies = kInHalves ? 2 : 1;
+
 // kRows rows of `width` columns of an array; everything else in the tile becomes zero. row_at(r)
 // gives the address of row r's first column, or null.
 template <int kRows, int kColumns, int kBy = kThreads, class RowAt>
 DEVICE void load_rows(Tile* tile, const Array& array, int width, RowAt row_at) {
-  constexpr int kChunk = 16 / sizeof(Tile), kChunks = kColumns / kChunk;
+  constexpr int kChunk = kCopies * 16 / sizeof(Tile), kChunks = kColumns / kChunk;
   const bool copies = sizeof(Elem) == sizeof(Tile) && array.access == kVectors;
 #pragma unroll 1
   for (int x = thread_of<kBy>(); x < kRows * kChunks; x += kBy) {
@@ -105,8 +108,9 @@ DEVICE void load_rows(Tile* tile, const Array& array, int width, RowAt row_at) {
     const char* const row = row_at(r);
     Tile* const to = tile + r * pitch_of(kColumns) + c;
     if (copies) {
-      const bool valid = row && c < width;
-      copy_16_bytes(to, row + c * (int)sizeof(Elem), valid);
+#pragma unroll
+      for (int i = 0; i < kChunk; i += kChunk / kCopies)
+        copy_16_bytes(to + i, row + (c + i) * (int)sizeof(Elem), row && c + i < width);
     } else {
 #pragma unroll 1
       for (int i = 0; i < kChunk; i++) {
@@ -121,18 +125,19 @@ DEVICE void load_rows(Tile* tile, const Array& array, int width, RowAt row_at) {
 // The same of rows that are a stride apart, `row` being the first and `rows` how many there are.
 template <int kRows, int kColumns, int kBy = kThreads>
 DEVICE void load_tile(Tile* tile, const Array& array, const char* row, int rows, int width) {
-  constexpr int kChunk = 16 / sizeof(Tile), kChunks = kColumns / kChunk;
+  constexpr int kChunk = kCopies * 16 / sizeof(Tile), kChunks = kColumns / kChunk;
   if constexpr (sizeof(Elem) == sizeof(Tile) && kBy % kChunks == 0 && kRows * kChunks % kBy == 0) {
     if (array.access == kVectors) {  // a thread's chunks are one below the other
       constexpr int kStride = kBy / kChunks;
       const int r = thread_of<kBy>() / kChunks, c = thread_of<kBy>() % kChunks * kChunk;
       const char* from = row + r * array.row + c * (int)sizeof(Elem);
       Tile* const to = tile + r * pitch_of(kColumns) + c;
-      const int limit = c < width ? rows - r : 0;
+      const int limit = c < width ? rows - r : 0, limit2 = c + kChunk / kCopies < width ? limit : 0;
 #pragma unroll
       for (int x = 0; x < kRows / kStride; x++) {
-        const bool valid = x * kStride < limit;
-        copy_16_bytes(to + x * kStride * pitch_of(kColumns), from, valid);
+        Tile* const chunk = to + x * kStride * pitch_of(kColumns);
+        copy_16_bytes(chunk, from, x * kStride < limit);
+        if (kCopies == 2) copy_16_bytes(chunk + kChunk / 2, from + 16, x * kStride < limit2);
         from += kStride * array.row;
       }
       return;

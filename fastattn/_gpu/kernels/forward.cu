@@ -32,7 +32,10 @@ forward(const __grid_constant__ Params p) {
   Tile* const sV = sQ + kBr * pitch_of(kD);
   Tile* const sK = sV + kBc * pitch_of(kDv);
   constexpr int kBuffer = kBc * pitch_of(kD);
-  char* const added = (char*)(sK + (kWalk ? 1 : 2) * kBuffer);  // tiles of a mask and bias
+  float* const weights_q = (float*)(sK + (kWalk ? 1 : 2) * kBuffer);  // of rows in halves
+  float* const weights_k = weights_q + (kInHalves ? kBr : 0);
+  float* const weights_v = weights_k + (kInHalves ? kBc : 0);
+  char* const added = (char*)(weights_v + (kInHalves ? kBc : 0));  // tiles of a mask and bias
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 
   // This block's work. Tiles of a few heads are in flight together, so that their keys stay in
@@ -106,6 +109,11 @@ forward(const __grid_constant__ Params p) {
   const double natural = in_natural_units(p) ? 1.0 : p.scale;  // scores -> natural units
   const Acc unit = (Acc)natural, log2_unit = (Acc)(natural * kLog2e);
   const Acc none = -infinity(Acc());
+#if kInHalves
+  // Products of rows whose weights' product is larger are left to `repair`: there the 2^-40 of a
+  // row's largest number that are lost may be more than 2^-25 of a score in natural units.
+  const float largest_weight = (float)(0x1p-15 * rsqrtf(kD) / abs_of(p.scale));
+#endif
 
   for (int mode = kUsual, next;; mode = next) {
     Acc o[kM][kO][4], row_max[kM][2], row_sum[kM][2];
@@ -147,6 +155,10 @@ forward(const __grid_constant__ Params p) {
         load_v(n);
       } else {
         copies_wait<0>();
+#if kInHalves
+        if (x == 0) split_tile<kEveryRow, kBr, kD>(sQ, weights_q, kUsual);
+        split_tile<kEveryRow, kBc, kD>(sK + x % 2 * kBuffer, weights_k, kUsual);
+#endif
         __syncthreads();
         load_v(n);
         if (next_step.n < to) load_k(sK + (x + 1) % 2 * kBuffer, next_step.n, 0);
@@ -159,6 +171,9 @@ forward(const __grid_constant__ Params p) {
       if (!kWalk)
         multiply_rows<kD / kStep, kScoreParts>(s, warp_q, pitch_of(kD), sK + x % 2 * kBuffer,
                                                pitch_of(kD));
+#if kInHalves
+      weigh(s, weights_q + warp * kM * 16, weights_k, largest_weight);
+#endif
       if (kSplit && mode != kUsual)
         repair(s, p.q, p.k, p.D, place,
                [&](Place at) -> const char* {
@@ -236,14 +251,21 @@ forward(const __grid_constant__ Params p) {
         for_each(s, [&](Acc& x, int m, int y, int e) { x = kept(m, y, e) ? x : x * 0; });
 #endif
       copies_wait<kWalk ? 0 : 1>();
+#if kInHalves
+      split_tile<kOrdinaryApart, kBc, kDv>(sV, weights_v, mode);
+#endif
       __syncthreads();
 #if kOptions
       if (next_step.n < to)
         load_added(p, next_step.needs, added, b, h, row0, next_step.n * kBc, row_of);
       copies_commit();
 #endif
+#if kInHalves
+      multiply_blocks<true>(o, s, sV, pitch_of(kDv), scale, weigh_values(s, weights_v));
+#else
       if (mode != kUsual) sanitize<kBc, kDv>(sV, mode);
       multiply_blocks<true>(o, s, sV, pitch_of(kDv), scale);
+#endif
       if (kTwoLevels) {
         const bool ends = next_step.n * kBc / kRowsOfPart != n * kBc / kRowsOfPart;
 #pragma unroll
@@ -287,6 +309,9 @@ forward(const __grid_constant__ Params p) {
         if (high != none) high *= unit;
         Acc factor = (Acc)p.keep_scale;
         if (mode == kScaled) factor *= (Acc)kUp;
+#if kInHalves
+        factor *= kUnit;
+#endif
         if (p.sinks && p.splits == 1 && exists) {
           const int head = thread_row(m, half).h;
           const Acc sink = ((const Acc*)p.sinks)[head];

@@ -17,15 +17,6 @@ constexpr float kOrdinary = 64, kLowest = 0x1p-6f, kHighest = 0x1p9f;
 constexpr float kUnit = 0x1p-14f / kOrdinary;
 constexpr int kLowQ = kBr * 128, kLowK = kBc * 128, kLowV = kLowK;  // bytes from hi to lo
 
-// hi + lo of two numbers, the first in the lower half.
-DEVICE void split(u32& hi, u32& lo, float x, float y) {
-  float a, b;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(hi) : "f"(y), "f"(x));
-  asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
-      : "=f"(a), "=f"(b) : "r"(hi));
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(lo) : "f"(y - b), "f"(x - a));
-}
-
 // Powers of two by their exponents with the bias of 127. The one that takes a number to
 // [2^14, 2^15), or as near as there is one, and what undoes it.
 DEVICE int exponent_of(float x) { return __float_as_int(x) >> 23; }

@@ -10,11 +10,16 @@
 // float32 and float64 ones would want t and t + 4, so there the sum is taken in another order:
 // slot t stands for column 2t, slot t + 4 for 2t + 1, in both factors.
 //
-// float32: each factor is split in two tf32 numbers, hi + lo, 22 bits together; lo * lo is dropped.
-// The tensor cores truncate as they add, so small products have a sum of their own, and a sum that
-// goes on over tiles is added up outside of them.
+// float32 in tf32: each factor is split in two tf32 numbers, hi + lo, 22 bits together; lo * lo is
+// dropped. The tensor cores truncate as they add, so small products have a sum of their own, and a
+// sum that goes on over tiles is added up outside of them.
+//
+// float32 in halves, at twice the rate: likewise two float16 numbers, hi + lo. Their range is
+// small, so a row is multiplied by a power of two that takes its largest to [2^14, 2^15); see
+// halves.cuh. What an element loses is at most 2^-23 of itself or 2^-40 of its row's largest. A
+// tile in shared memory keeps its size: for 8 columns there are 16 bytes of hi, then 16 of lo.
 
-constexpr int kStep = sizeof(Tile) == 2 ? 16 : 8;
+constexpr int kStep = sizeof(Tile) == 2 || kInHalves ? 16 : 8;
 
 #if kArch >= 80
 DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], f16) {
@@ -99,6 +104,16 @@ template <> struct FactorB<double> { double x[2]; };
 #if kArch >= 80
 template <> struct FactorA<float> { u32 hi[4], lo[4]; };
 template <> struct FactorB<float> { u32 hi[2], lo[2]; };
+template <> struct FactorA<halves> { u32 hi[4], lo[4]; };
+template <> struct FactorB<halves> { u32 hi[2], lo[2]; };
+// Two numbers at once, the first in the lower half.
+DEVICE void split(u32& hi, u32& lo, float x, float y) {
+  float a, b;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(hi) : "f"(y), "f"(x));
+  asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+      : "=f"(a), "=f"(b) : "r"(hi));
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(lo) : "f"(y - b), "f"(x - a));
+}
 // hi is x rounded to the 11 bits of a tf32 number; the instruction takes as much of lo. NaN stays
 // in one of the two.
 DEVICE void split(u32& hi, u32& lo, float x) {
@@ -167,6 +182,15 @@ DEVICE void load_a(FactorA<double>& f, const double* at, int pitch) {
     for (int half = 0; half < 2; half++) f.x[2 * s + half] = at[(g + 8 * half) * pitch + t + 4 * s];
 }
 
+#if kArch >= 80
+DEVICE void load_a(FactorA<halves>& f, const halves* at, int pitch) {
+  const int lane = threadIdx.x & 31;
+  const char* const row = (const char*)(at + (lane & 15) * pitch) + (lane >> 4) * 32;
+  ldmatrix(f.hi, row);
+  ldmatrix(f.lo, row + 16);
+}
+#endif
+
 // 16 rows of a tile, whose rows go along the sum, as the columns of two factors.
 template <class T>
 DEVICE void load_b(FactorB<T> (&f)[2], const T* at, int pitch) {
@@ -183,6 +207,25 @@ DEVICE void load_b(FactorB<double> (&f)[2], const double* at, int pitch) {
 #pragma unroll
     for (int s = 0; s < 2; s++) f[n].x[s] = at[(g + 8 * n) * pitch + t + 4 * s];
 }
+
+#if kArch >= 80
+DEVICE void take(FactorB<halves> (&f)[2], const u32 (&hi)[4], const u32 (&lo)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    f[i >> 1].hi[i & 1] = hi[i];
+    f[i >> 1].lo[i & 1] = lo[i];
+  }
+}
+DEVICE void load_b(FactorB<halves> (&f)[2], const halves* at, int pitch) {
+  const int lane = threadIdx.x & 31;
+  const halves* const of_lane = at + ((lane & 7) + (lane >> 4) * 8) * pitch;
+  const char* const row = (const char*)of_lane + (lane >> 3 & 1) * 32;
+  u32 hi[4], lo[4];
+  ldmatrix(hi, row);
+  ldmatrix(lo, row + 16);
+  take(f, hi, lo);
+}
+#endif
 
 // kStep rows of a tile, which are summed over, and 16 of its columns as two factors.
 template <class T>
@@ -208,6 +251,17 @@ DEVICE void load_b_of_rows(FactorB<double> (&f)[2], const double* at, int pitch)
     for (int s = 0; s < 2; s++) f[n].x[s] = at[(2 * t + s) * pitch + g + 8 * n];
 }
 
+#if kArch >= 80
+DEVICE void load_b_of_rows(FactorB<halves> (&f)[2], const halves* at, int pitch) {
+  const int lane = threadIdx.x & 31;
+  const char* const row = (const char*)(at + (lane & 15) * pitch) + (lane >> 4) * 32;
+  u32 hi[4], lo[4];
+  ldmatrix_transposed(hi, row);
+  ldmatrix_transposed(lo, row + 16);
+  take(f, hi, lo);
+}
+#endif
+
 // Accumulator blocks as the rows of a factor: kStep / 8 blocks side by side are a step of the sum.
 template <class T>
 DEVICE void from_blocks(FactorA<T>& f, const float (&left)[4], const float (&right)[4]) {
@@ -221,6 +275,14 @@ DEVICE void from_blocks(FactorA<float>& f, const float (&c)[4], const float (&)[
                     (u32)__float_as_int(c[1]), (u32)__float_as_int(c[3])};
   take(f, x);
 }
+#if kArch >= 80
+DEVICE void from_blocks(FactorA<halves>& f, const float (&left)[4], const float (&right)[4]) {
+  split(f.hi[0], f.lo[0], left[0], left[1]);
+  split(f.hi[1], f.lo[1], left[2], left[3]);
+  split(f.hi[2], f.lo[2], right[0], right[1]);
+  split(f.hi[3], f.lo[3], right[2], right[3]);
+}
+#endif
 DEVICE void from_blocks(FactorA<double>& f, const double (&c)[4], const double (&)[4]) {
   f.x[0] = c[0];
   f.x[1] = c[2];
@@ -243,6 +305,12 @@ DEVICE void multiply_add(float (&c)[4], float (&small)[4], const FactorA<float>&
   multiply_add(small, a.lo, b.hi, float());
   multiply_add(small, a.hi, b.lo, float());
   multiply_add(c, a.hi, b.hi, float());
+}
+DEVICE void multiply_add(float (&c)[4], float (&small)[4], const FactorA<halves>& a,
+                         const FactorB<halves>& b) {
+  multiply_add(small, a.lo, b.hi, f16());
+  multiply_add(small, a.hi, b.lo, f16());
+  multiply_add(c, a.hi, b.hi, f16());
 }
 constexpr bool kSplit = sizeof(Tile) == 4;  // products come in two parts
 #else
@@ -358,17 +426,30 @@ DEVICE void multiply_rows_rounded(Acc (&c)[M][N][4], const Tile* a, int pitch_a,
 }
 
 // c = c x scale of its row + p x tile, for p in accumulator blocks, whose columns are the tile's
-// rows. scale[m][0] is that of row g, scale[m][1] that of row g + 8.
-template <bool kRescale, int M, int K, int N>
+// rows. scale[m][0] is that of row g, scale[m][1] that of row g + 8. In halves p is multiplied by
+// `up` of its row first, and the product by `down`.
+struct NoWeights {};
+template <int M> struct Weights { float up[M][2], down[M][2]; };
+
+template <bool kRescale, int M, int K, int N, class W = NoWeights>
 DEVICE void multiply_blocks(Acc (&c)[M][N][4], const Acc (&p)[M][K][4], const Tile* tile, int pitch,
-                            const Acc (&scale)[M][2]) {
+                            const Acc (&scale)[M][2], const W& weights = W()) {
   constexpr int kBlocks = kStep / 8, kSteps = K / kBlocks;
   FactorA<Tile> fa[M][kSteps];
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
-    for (int k = 0; k < kSteps; k++)
-      from_blocks(fa[m][k], p[m][k * kBlocks], p[m][k * kBlocks + kBlocks - 1]);
+    for (int k = 0; k < kSteps; k++) {
+      if constexpr (kInHalves) {
+        Acc x[2][4];
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+          x[e / 4][e % 4] = p[m][2 * k + e / 4][e % 4] * weights.up[m][e % 4 / 2];
+        from_blocks(fa[m][k], x[0], x[1]);
+      } else {
+        from_blocks(fa[m][k], p[m][k * kBlocks], p[m][k * kBlocks + kBlocks - 1]);
+      }
+    }
   if constexpr (kSplit) {
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
@@ -389,9 +470,11 @@ DEVICE void multiply_blocks(Acc (&c)[M][N][4], const Acc (&p)[M][K][4], const Ti
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
-          for (int e = 0; e < 4; e++)
-            c[m][n + i][e] = fma_of(c[m][n + i][e], kRescale ? scale[m][e >> 1] : 1,
-                                    sum[m][i][e] + small[m][i][e]);
+          for (int e = 0; e < 4; e++) {
+            Acc all = sum[m][i][e] + small[m][i][e];
+            if constexpr (kInHalves) all *= weights.down[m][e >> 1];
+            c[m][n + i][e] = fma_of(c[m][n + i][e], kRescale ? scale[m][e >> 1] : 1, all);
+          }
     }
   } else {
     bool same = true;  // the usual case once a row's maximum has been met

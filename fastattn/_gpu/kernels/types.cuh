@@ -15,6 +15,7 @@ typedef long long i64;
 
 struct f16 { u16 bits; };
 struct bf16 { u16 bits; };
+struct halves { float x; };  // float32 on its way to two float16 numbers; see mma.cuh
 
 constexpr double kLog2e = 1.4426950408889634;
 
@@ -42,6 +43,7 @@ DEVICE void narrow(bf16& y, float x) {
 #endif
 }
 DEVICE void narrow(float& y, float x) { y = x; }
+DEVICE void narrow(halves& y, float x) { y.x = x; }
 DEVICE void narrow(float& y, double x) { y = (float)x; }
 DEVICE void narrow(double& y, double x) { y = x; }
 DEVICE void narrow(f16& y, double x) { narrow(y, (float)x); }
