@@ -63,6 +63,12 @@ class Config(NamedTuple):
         )
 
     @property
+    def passes_apart(self) -> bool:
+        """Whether a forward's usual pass has code of its own. That costs twice the time to compile,
+        and registers but where the scores of a tile take most of them."""
+        return self.fast and self.kernel == "forward" and self.Bc == 128
+
+    @property
     def tile_dtype(self) -> str:
         """What shared memory holds: Turing's matrix instructions know no bfloat16, and Hopper's own
         take float32 as two float16 numbers each."""

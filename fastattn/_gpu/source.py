@@ -63,7 +63,7 @@ def assemble(config: Config) -> str:
     constants = {
         "kD": config.D, "kDv": config.Dv, "kBr": config.Br, "kBc": config.Bc,
         "kWarps": config.warps, "kThreads": config.threads, "kBlocks": config.blocks,
-        "kRing": DECODE_STAGES,
+        "kRing": DECODE_STAGES, "kPassesApart": int(config.passes_apart),
     }  # fmt: skip
     types = {"Elem": config.dtype, "Tile": "halves" if config.halves else config.tile_dtype}
     head = [f"#define {name} {value}" for name, value in values.items()]

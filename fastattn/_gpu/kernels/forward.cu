@@ -25,8 +25,14 @@ constexpr int kM = kBr / (16 * kWarps), kN = kBc / 8, kO = kDv / 8;
 constexpr int kScoreParts = sizeof(Tile) == 2 && kD > 128 ? 8 : kParts;
 constexpr int kStage = kDv + 4;  // Acc numbers from row to row of results on their way out
 
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
-forward(const __grid_constant__ Params p) {
+// The usual pass; those that follow where it does not end finite; or all, which share their code.
+// With kPassesApart the usual one has its own, so that what only the others need takes no registers
+// from it.
+enum Passes { kAllPasses, kUsualPass, kOtherPasses };
+
+// True where others have to follow.
+template <Passes kPasses>
+DEVICE bool passes(const Params& p) {
   extern __shared__ __align__(128) char shared[];
   Tile* const sQ = (Tile*)shared;
   Tile* const sV = sQ + kBr * pitch_of(kD);
@@ -115,7 +121,7 @@ forward(const __grid_constant__ Params p) {
   const float largest_weight = (float)(0x1p-15 * rsqrtf(kD) / abs_of(p.scale));
 #endif
 
-  for (int mode = kUsual, next;; mode = next) {
+  for (int mode = kPasses == kOtherPasses ? kClean : kUsual, next;; mode = next) {
     Acc o[kM][kO][4], row_max[kM][2], row_sum[kM][2];
     // Of kTwoLevels; `since` is the scale to this part's.
     Acc earlier[kM][kO][4], earlier_sum[kM][2] = {}, since[kM][2];
@@ -334,6 +340,7 @@ forward(const __grid_constant__ Params p) {
       }
     odd = __syncthreads_or(odd);
     next = mode == kUsual ? kClean : mode == kClean && odd ? kScaled : kTaint;
+    if (kPasses == kUsualPass && odd) return true;
     if (mode == kUsual && odd) continue;
 
     // Write, through shared memory: each warp passes on 16 rows of its own at a time.
@@ -376,6 +383,15 @@ forward(const __grid_constant__ Params p) {
         }
       __syncwarp();
     }
-    if (mode == kUsual || mode == kTaint) return;
+    if (mode == kUsual || mode == kTaint) return false;
   }
+}
+
+template <Passes kPasses>
+__device__ __noinline__ void passes_apart(const Params& p) { passes<kPasses>(p); }
+
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+forward(const __grid_constant__ Params p) {
+  if constexpr (!kPassesApart) passes<kAllPasses>(p);
+  else if (passes<kUsualPass>(p)) passes_apart<kOtherPasses>(p);
 }
