@@ -25,7 +25,6 @@ import numpy as np
 
 from fastattn._gpu.config import (
     DECODE,
-    DTYPES,
     HOPPER_KERNELS,
     SMALL_KERNELS,
     Config,
@@ -300,8 +299,8 @@ def _backward(
         more |= call.survey(config, arrays)
         given = {} if dq is None else {"dq": call.array(dq)}
         if dalibi_slopes is not None:
-            # Sums without the softcap's slope; in 16 bits, of products that are rounded.
-            if given and (p.softcap or DTYPES[p.dtype] == 2):
+            # Sums without the softcap's slope, and of products that are rounded.
+            if given and (p.softcap or p.dtype != "float64"):
                 _launch_backward(call, config, blocks, arrays | given, scalars | more)
                 given = {}
             more["row_sum"] = row_sum

@@ -374,6 +374,7 @@ DEVICE void multiply_rows(Acc (&c)[M][N][4], const Tile* a, int pitch_a, const T
 
 // The products of `a` in two: those with its numbers cut to few bits, in whose sum truncation finds
 // next to nothing to take, and the rest.
+DEVICE float cut(float x) { return __int_as_float(__float_as_int(x) & 0xfff80000); }
 DEVICE f16 cut(f16 x) { return {(u16)(finite(x) ? x.bits & 0xffc0 : x.bits)}; }
 DEVICE bf16 cut(bf16 x) { return {(u16)(finite(x) ? x.bits & 0xfff0 : x.bits)}; }
 
@@ -392,9 +393,36 @@ DEVICE void multiply_add_apart(Acc (&few)[4], Acc (&rest)[4], const FactorA<T>& 
   multiply_add(rest, of_rest, b.x, T());
 }
 
+#if kArch >= 80
+// What the instruction drops of the lower parts is felt too, where it is that of few keys each time.
+DEVICE u32 dropped(u32 lo) {
+  return __float_as_int(__int_as_float(lo) - __int_as_float(lo & 0xffffe000));
+}
+
+DEVICE void multiply_add_apart(float (&few)[4], float (&rest)[4], const FactorA<float>& a,
+                               const FactorB<float>& b) {
+  u32 of_few[4], of_rest[4], a_dropped[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float hi = __int_as_float(a.hi[i]);
+    of_few[i] = __float_as_int(cut(hi));
+    of_rest[i] = __float_as_int(hi - cut(hi));
+    a_dropped[i] = dropped(a.lo[i]);
+  }
+  const u32 b_dropped[2] = {dropped(b.lo[0]), dropped(b.lo[1])};
+  multiply_add(rest, a.lo, b.lo, float());
+  multiply_add(rest, a_dropped, b.hi, float());
+  multiply_add(rest, a.hi, b_dropped, float());
+  multiply_add(rest, a.lo, b.hi, float());
+  multiply_add(rest, a.hi, b.lo, float());
+  multiply_add(rest, of_rest, b.hi, float());
+  multiply_add(few, of_few, b.hi, float());
+}
+#endif
+
 // As multiply_rows, but rounded to the nearest, for sums in which an error that always has the sign
 // of its product would add up.
-constexpr bool kTruncates = sizeof(Tile) == 2;
+constexpr bool kTruncates = sizeof(Tile) == 2 || kSplit;
 
 template <int kSteps, int M, int N>
 DEVICE void multiply_rows_rounded(Acc (&c)[M][N][4], const Tile* a, int pitch_a, const Tile* b,
