@@ -260,7 +260,7 @@ def evaluate(expression, names):
 def layout(c):
     """The pointers of a kernel's shared memory, as its text has them, and the bytes they take."""
     acc = 8 if c.dtype == "float64" else 4
-    [pitch] = re.findall(r"int pitch_of\(int columns\) \{ return (.*); \}", read("arrays.cuh"))
+    [pitch] = re.findall(r"int pitch_of\(int columns\) \{\s+return (.*);\s+\}", read("arrays.cuh"))
     names = {
         "Tile": Cast(config.DTYPES[c.tile_dtype]), "Acc": Cast(acc), "char": Cast(1),
         "float": Cast(4), "kInHalves": c.halves,
@@ -337,7 +337,7 @@ def pitch_of(name, values):
 def hopper_layout(c):
     """The sizes of a kernel's buffers, as its texts have them."""
     functions = re.findall(
-        r"^constexpr int (panels_of|tile_bytes)\((.*?)\) \{ return (.*); \}",
+        r"^constexpr int (panels_of|tile_bytes)\((.*?)\) \{\s+return (.*);\s+\}",
         read("hopper.cuh"),
         re.M,
     )

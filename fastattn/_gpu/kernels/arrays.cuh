@@ -1,9 +1,10 @@
-// Arrays of any strides and alignment, as the host describes them, and their tiles in shared memory.
+// Arrays of any strides and alignment, as the host describes them, and their tiles in shared
+// memory.
 
 enum Access : i64 { kBytes, kElements, kVectors };  // what an address may be loaded by
 
-// One array (..., heads, rows, columns); strides in bytes. The leading axes are one axis `batch`, or,
-// where no single stride says where its entries are, a table of their offsets.
+// One array (..., heads, rows, columns); strides in bytes. The leading axes are one axis `batch`,
+// or, where no single stride says where its entries are, a table of their offsets.
 struct Array {
   char* data;
   const i64* batches;
@@ -61,13 +62,16 @@ DEVICE void store_number(char* at, double x, i64 access, i64 kind) {
 
 // A tile's rows are 16 bytes (float64: 32) apart from a multiple of 64 bytes, so that eight rows of
 // a matrix load lie in different banks.
-constexpr int pitch_of(int columns) { return columns + (sizeof(Tile) == 8 ? 4 : 16 / (int)sizeof(Tile)); }
+constexpr int pitch_of(int columns) {
+  return columns + (sizeof(Tile) == 8 ? 4 : 16 / (int)sizeof(Tile));
+}
 
 // Zeros if not valid, whatever `from` is: a copy of no bytes reads nothing.
 DEVICE void copy_16_bytes(void* to, const void* from, bool valid) {
 #if kArch >= 80
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+               :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
 #else
   *(uint4*)to = valid ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
 #endif
@@ -143,7 +147,8 @@ DEVICE void load_tile(Tile* tile, const Array& array, const char* row, int rows,
       return;
     }
   }
-  load_rows<kRows, kColumns, kBy>(tile, array, width, [&](int r) { return r < rows ? row + r * array.row : nullptr; });
+  load_rows<kRows, kColumns, kBy>(
+      tile, array, width, [&](int r) { return r < rows ? row + r * array.row : nullptr; });
 }
 
 // What a tile's numbers become where a block is computed again; see forward.cu.
@@ -159,7 +164,9 @@ template <class T>
 DEVICE void sanitize(T& x, int mode) {
   const auto value = widen(x);
   const bool is_finite = finite(x);
-  narrow(x, mode == kTaint ? (is_finite ? 0 : 1) : is_finite ? value * (mode == kScaled ? kDown : 1) : 0);
+  narrow(x, mode == kTaint ? (is_finite ? 0 : 1)
+            : is_finite    ? value * (mode == kScaled ? kDown : 1)
+                           : 0);
 }
 template <int kRows, int kColumns, int kBy = kThreads>
 DEVICE void sanitize(Tile* tile, int mode) {

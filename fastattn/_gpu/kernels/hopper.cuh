@@ -1,8 +1,8 @@
-// What Hopper (sm_90a) has of its own: tensor-map copies, barriers in shared memory that count them,
-// products of a warpgroup (four warps) whose factors lie in shared memory.
+// What Hopper (sm_90a) has of its own: tensor-map copies, barriers in shared memory that count
+// them, products of a warpgroup (four warps) whose factors lie in shared memory.
 //
-// A tile of 16-bit numbers lies in shared memory as panels of 64 columns, one behind the other, at a
-// multiple of 1024 bytes:
+// A tile of 16-bit numbers lies in shared memory as panels of 64 columns, one behind the other, at
+// a multiple of 1024 bytes:
 //
 //     panel 0, columns 0 .. 63          panel 1, columns 64 .. 127
 //     row 0   | 8 chunks of 16 bytes |  row 0   | ...
@@ -10,11 +10,11 @@
 //
 // Chunk c of row r is the (c ^ r % 8)th of its row (the 128-byte swizzle), so that eight rows of a
 // column of chunks are in different banks. A tile serves as it lies for sums along its rows and for
-// sums along its columns (a turned factor). float32 is two numbers of 16 bits, hi and lo; a panel of
-// lo follows that of hi. See hopper_halves.cuh.
+// sums along its columns (a turned factor). float32 is two numbers of 16 bits, hi and lo; a panel
+// of lo follows that of hi. See hopper_halves.cuh.
 //
-// A result of 64 rows x N columns is float c[N / 8][4] in each thread. With warp w of the warpgroup,
-// g = lane / 4, t = lane % 4, the block c[n] is, as in mma.cuh,
+// A result of 64 rows x N columns is float c[N / 8][4] in each thread. With warp w of the
+// warpgroup, g = lane / 4, t = lane % 4, the block c[n] is, as in mma.cuh,
 //     [0] (row 16 w + g, column 8 n + 2 t)   [1] (same, column + 1)   [2], [3] the same of row + 8
 // and two blocks packed to 16 bits are a factor of the next product, 16 columns of it:
 //     a[0] = c[n][0], c[n][1]   a[1] = c[n][2], c[n][3]   a[2], a[3] the same of c[n + 1]
@@ -24,7 +24,9 @@ struct alignas(64) TensorMap { u64 opaque[16]; };
 constexpr int kPanel = 64;
 constexpr int kHalves = sizeof(Elem) / 2;  // 16-bit numbers that a number is in tiles
 constexpr int panels_of(int columns) { return (columns + kPanel - 1) / kPanel; }
-constexpr int tile_bytes(int rows, int columns) { return panels_of(columns) * kHalves * rows * 128; }
+constexpr int tile_bytes(int rows, int columns) {
+  return panels_of(columns) * kHalves * rows * 128;
+}
 
 DEVICE u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
 
@@ -36,8 +38,8 @@ DEVICE u32 chunk_at(u32 tile, int r, int c) {
 
 // ---------------------------------------------------------------- barriers
 
-// A barrier of 8 bytes counts arrivals, and bytes that were announced and are still to come; at zero
-// its phase is over. Waiting names the phase's parity, 0 for the first.
+// A barrier of 8 bytes counts arrivals, and bytes that were announced and are still to come; at
+// zero its phase is over. Waiting names the phase's parity, 0 for the first.
 DEVICE void barrier_init(u32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals));
 }
@@ -46,7 +48,8 @@ DEVICE void barrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
 DEVICE void barrier_expect(u32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               :: "r"(barrier), "r"(bytes) : "memory");
 }
 DEVICE void barrier_wait(u32 barrier, int parity) {
   asm volatile(
@@ -60,8 +63,8 @@ DEVICE void named_sync(int name, int threads) {
   asm volatile("bar.sync %0, %1;" :: "r"(name), "r"(threads) : "memory");
 }
 
-// What threads wrote to shared memory is there for copies and products of the other kind; each writer
-// says so before the barrier that the others wait at.
+// What threads wrote to shared memory is there for copies and products of the other kind; each
+// writer says so before the barrier that the others wait at.
 DEVICE void writes_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // A warpgroup's registers per thread, from here on.
@@ -72,9 +75,10 @@ DEVICE void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" 
 
 // ---------------------------------------------------------------- copies
 
-// A box of a map (columns, rows, heads, batch entries), 128 bytes of each row: a panel, or half of one
-// in float32. What is beyond the array becomes zero.
-DEVICE void load_box(u32 to, const TensorMap& map, u32 barrier, int column, int row, int head, int batch) {
+// A box of a map (columns, rows, heads, batch entries), 128 bytes of each row: a panel, or half of
+// one in float32. What is beyond the array becomes zero.
+DEVICE void load_box(u32 to, const TensorMap& map, u32 barrier, int column, int row, int head,
+                     int batch) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3, %4, %5}], [%6];"
@@ -108,10 +112,11 @@ DEVICE void add_bytes(float* to, u32 from, int bytes) {
 DEVICE void adds_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 // Without a map, by all threads: kRows rows of an array into a tile, `row` being the first; zeros
-// beyond `rows` and `width`, and what is not finite as `mode` has it. A chunk is in the array or beyond
-// it: D and Dv are multiples of 8.
+// beyond `rows` and `width`, and what is not finite as `mode` has it. A chunk is in the array or
+// beyond it: D and Dv are multiples of 8.
 template <int kRows, int kColumns>
-DEVICE void load_tile_carefully(char* tile, const Array& array, const char* row, int rows, int width, int mode) {
+DEVICE void load_tile_carefully(char* tile, const Array& array, const char* row, int rows,
+                                int width, int mode) {
   constexpr int kChunks = 8 * panels_of(kColumns);
 #pragma unroll 1
   for (int x = threadIdx.x; x < kRows * kChunks; x += kThreads) {
@@ -124,7 +129,8 @@ DEVICE void load_tile_carefully(char* tile, const Array& array, const char* row,
         chunk.all = *(const uint4*)from;
       } else {
 #pragma unroll
-        for (int e = 0; e < 8; e++) chunk.each[e] = load<Elem>(from + e * array.column, array.access);
+        for (int e = 0; e < 8; e++)
+          chunk.each[e] = load<Elem>(from + e * array.column, array.access);
       }
       if (mode != kUsual) {
 #pragma unroll
@@ -150,7 +156,9 @@ DEVICE void store_blocks(u32 row, u32 a, u32 b, u32 c, u32 d) {
 DEVICE void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
-DEVICE void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(kPending) : "memory"); }
+DEVICE void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(kPending) : "memory");
+}
 template <int N>
 DEVICE void settle(float (&c)[N][4]) {
 #pragma unroll
@@ -159,8 +167,9 @@ DEVICE void settle(float (&c)[N][4]) {
     for (int e = 0; e < 4; e++) asm volatile("" : "+f"(c[n][e]) :: "memory");
 }
 
-// Descriptors of factors, for the 128-byte swizzle: address, and distances in units of 16 bytes. For
-// sums along rows: from 8 rows to the next 8. Turned: from panel to panel, and from 8 rows to the next.
+// Descriptors of factors, for the 128-byte swizzle: address, and distances in units of 16 bytes.
+// For sums along rows: from 8 rows to the next 8. Turned: from panel to panel, and from 8 rows to
+// the next.
 DEVICE u64 descriptor(u32 tile, int panel_step, int rows_step) {
   return (u64)(tile >> 4) | (u64)(panel_step >> 4) << 16 | (u64)(rows_step >> 4) << 32 | 1ull << 62;
 }
@@ -173,7 +182,8 @@ template <int kRows>
 constexpr int row_step(int k) { return ((k >> 2) * kHalves * kRows * 128 + (k & 3) * 32) >> 4; }
 constexpr int column_step(int k) { return k * 16 * 128 >> 4; }
 
-// c (+)= A B^T over steps [kFrom, kTo): 64 rows of a tile of kRowsA by N * 8 of a tile of kRowsB rows.
+// c (+)= A B^T over steps [kFrom, kTo): 64 rows of a tile of kRowsA by N * 8 of a tile of kRowsB
+// rows.
 template <int kFrom, int kTo, int kRowsA, int kRowsB, int N>
 DEVICE void multiply_along_rows(float (&c)[N][4], u64 a, u64 b, int more) {
   static_assert(N * 8 <= kRowsB, "");
@@ -197,5 +207,6 @@ DEVICE void to_factor(u32 (&p)[K][4], const float (&c)[N][4]) {
   for (int k = 0; k < K; k++)
 #pragma unroll
     for (int x = 0; x < 4; x++)
-      p[k][x] = pack(Tile(), c[2 * k + (x >> 1)][2 * (x & 1)], c[2 * k + (x >> 1)][2 * (x & 1) + 1]);
+      p[k][x] = pack(Tile(), c[2 * k + (x >> 1)][2 * (x & 1)],
+                     c[2 * k + (x >> 1)][2 * (x & 1) + 1]);
 }

@@ -9,8 +9,8 @@
 //                  dV += P^T dO, its part of dS K, dK += dS^T Q
 //
 // dS^T goes through shared memory: dQ's sum is over the keys of both warpgroups. Of dS K a
-// warpgroup makes 64 rows by 64 columns, which it stages in the order of its registers and has added
-// by the copy engine (see RowSums). hopper_finish_q.cu makes dQ of the sums.
+// warpgroup makes 64 rows by 64 columns, which it stages in the order of its registers and has
+// added by the copy engine (see RowSums). hopper_finish_q.cu makes dQ of the sums.
 //
 // A warp whose dK or dV do not all end finite sets its flag, for hopper_careful_kv.cu.
 
@@ -25,7 +25,8 @@ constexpr int kComputers = 240, kLoaders = 24;  // registers
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 hopper_backward_qkv(const __grid_constant__ Params p, const __grid_constant__ TensorMap map_q,
-                    const __grid_constant__ TensorMap map_o, const __grid_constant__ TensorMap map_k,
+                    const __grid_constant__ TensorMap map_o,
+                    const __grid_constant__ TensorMap map_k,
                     const __grid_constant__ TensorMap map_v) {
   extern __shared__ __align__(1024) char shared[];
   const u32 sK = shared_address(shared), sV = sK + kBytesK, sQ = sV + kBytesV,

@@ -1,9 +1,9 @@
-// Forward on Hopper, the careful way: what hopper_forward.cu computes, in the same arithmetic and to
-// the same bits, one thing after the other and loaded by ordinary loads.
+// Forward on Hopper, the careful way: what hopper_forward.cu computes, in the same arithmetic and
+// to the same bits, one thing after the other and loaded by ordinary loads.
 //
 // Tiles whose flag is set, which did not all end finite, are computed again in the modes kClean,
-// kScaled and kTaint of forward.cu. Without flags, for arrays that tensor maps cannot take, all tiles
-// are computed here, first in the usual mode.
+// kScaled and kTaint of forward.cu. Without flags, for arrays that tensor maps cannot take, all
+// tiles are computed here, first in the usual mode.
 
 template <Whose kWhose, int kRows, int kColumns>
 DEVICE void load_factor(char* tile, float* weights, const Array& array, const char* row, int rows,
@@ -35,7 +35,8 @@ hopper_careful(const __grid_constant__ Params p) {
   };
   if (flags) {
     bool any = false;
-    for (i64 index = blockIdx.x + (i64)threadIdx.x * step; index < total; index += (i64)step * kThreads)
+    for (i64 index = blockIdx.x + (i64)threadIdx.x * step; index < total;
+         index += (i64)step * kThreads)
       any = any || flagged((int)index);
     if (!__syncthreads_or(any)) return;
   }

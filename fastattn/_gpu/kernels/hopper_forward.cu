@@ -1,16 +1,19 @@
 // Forward on Hopper (arXiv 2407.08608): a warp loads, two or three warpgroups compute, and a
 // warpgroup's products run beside its softmax.
 //
-//     loader:      Q, then K and V block by block, each into one of kStages buffers, as it gets free
+//     loader:      Q, then K and V block by block, each into one of kStages buffers, as it gets
+//                  free
 //     warpgroup:   S = Q K'^T of the next block starts, O += P V of this one starts
 //                  softmax of S while O's products run; P = S; O = O x scale
 //
 // Blocks of the grid stay and take tile after tile from a counter, longest first under a causal
-// bound, so that the loader is already at the next tile while this one is written. Only blocks that a
-// bound cuts are masked. A warp whose rows do not all end finite sets its flag, for hopper_careful.cu.
+// bound, so that the loader is already at the next tile while this one is written. Only blocks that
+// a bound cuts are masked. A warp whose rows do not all end finite sets its flag, for
+// hopper_careful.cu.
 //
-// In float32 the other three warps of the loader's warpgroup split what has come into halves, where it
-// lies (hopper_halves.cuh): the copy engine tells them, and they tell the warpgroups that compute.
+// In float32 the other three warps of the loader's warpgroup split what has come into halves, where
+// it lies (hopper_halves.cuh): the copy engine tells them, and they tell the warpgroups that
+// compute.
 
 constexpr int kStages = 2;
 constexpr int kSplitters = kHalves == 2 ? 3 : 0;  // warps
@@ -42,7 +45,8 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
   float* const weights_k = weights_q + kBr;  // for each of the buffers
   float* const weights_v = weights_k + kStages * kBc;
   const u32 barriers = shared_address(rest) + 2 * sizeof(Order);
-  const u32 q_full = barriers, q_free = q_full + 8, order_full = q_free + 8, order_free = order_full + 16;
+  const u32 q_full = barriers, q_free = q_full + 8, order_full = q_free + 8,
+            order_free = order_full + 16;
   const u32 k_full = order_free + 16, k_free = k_full + 8 * kStages;
   const u32 v_full = k_free + 8 * kStages, v_free = v_full + 8 * kStages;
   // Over when copies are there, in float32 still to be split.
@@ -144,13 +148,15 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
       auto load_k = [&](int n) {
         const int stage = keys % kStages;
         barrier_wait(k_free + 8 * stage, (keys / kStages & 1) ^ 1);
-        load_map<kBc, kD>(sK + stage * kBytesK, map_k, k_there + 8 * stage, n * kBc, kv_head, order.b);
+        load_map<kBc, kD>(sK + stage * kBytesK, map_k, k_there + 8 * stage, n * kBc, kv_head,
+                          order.b);
         keys++;
       };
       auto load_v = [&](int n) {
         const int stage = values % kStages;
         barrier_wait(v_free + 8 * stage, (values / kStages & 1) ^ 1);
-        load_map<kBc, kDv>(sV + stage * kBytesV, map_v, v_there + 8 * stage, n * kBc, kv_head, order.b);
+        load_map<kBc, kDv>(sV + stage * kBytesV, map_v, v_there + 8 * stage, n * kBc, kv_head,
+                           order.b);
         values++;
       };
       if (work.from < work.to) {
@@ -172,7 +178,8 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
 
   registers_up<kComputers>();
   const int warp = (threadIdx.x >> 5) - 4, lane = threadIdx.x & 31, group = warp >> 2;
-  const u64 of_q = along_rows(sQ + group * 64 * 128), of_k = along_rows(sK), of_v = along_columns<kBc>(sV);
+  const u64 of_q = along_rows(sQ + group * 64 * 128), of_k = along_rows(sK),
+            of_v = along_columns<kBc>(sV);
   const float log2_unit = (float)(p.scale * kLog2e);
   int tiles = 0, blocks = 0;  // done so far
   for (int turn = 0;; turn++) {
@@ -194,7 +201,9 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
       Factor factor;
       float scale[2];
       int n = work.to - 1, stage = blocks % kStages;
-      auto wait_k = [&](int block) { barrier_wait(k_full + 8 * (block % kStages), block / kStages & 1); };
+      auto wait_k = [&](int block) {
+        barrier_wait(k_full + 8 * (block % kStages), block / kStages & 1);
+      };
       auto wait_v = [&](int stage, int block) {
         barrier_wait(v_full + 8 * stage, block / kStages & 1);
       };
@@ -270,7 +279,8 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
 #pragma unroll
       for (int n = 0; n < kO; n += 2)
         store_blocks(chunk_at<kBr>(sQ + kAtO, r0 + (lane & 15), n + (lane >> 4)),
-                     pack(Tile(), results.o[n][0], results.o[n][1]), pack(Tile(), results.o[n][2], results.o[n][3]),
+                     pack(Tile(), results.o[n][0], results.o[n][1]),
+                     pack(Tile(), results.o[n][2], results.o[n][3]),
                      pack(Tile(), results.o[n + 1][0], results.o[n + 1][1]),
                      pack(Tile(), results.o[n + 1][2], results.o[n + 1][3]));
       __syncwarp();
@@ -279,7 +289,8 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
       for (int x = lane; x < 16 * kO; x += 32) {
         const int r = r0 + x / kO, c = x % kO;
         if (work.row0 + r < p.Lq && c * 8 < p.Dv)
-          *(uint4*)(to + (work.row0 + r) * p.out.row + c * 16) = *(const uint4*)(shared + chunk_at<kBr>(kAtO, r, c));
+          *(uint4*)(to + (work.row0 + r) * p.out.row + c * 16) =
+              *(const uint4*)(shared + chunk_at<kBr>(kAtO, r, c));
       }
     }
     if (!kApart) writes_to_async();

@@ -6,12 +6,13 @@
 // four lanes. Blocks of kBc keys are walked from the last to the first.
 //
 // In float32 (hopper_halves.cuh) P V of a block is made on its own and then added, since what the
-// tensor cores truncate of each sum would add up; 64 columns at a time, which leaves room in registers.
+// tensor cores truncate of each sum would add up; 64 columns at a time, which leaves room in
+// registers.
 
 constexpr int kGroups = kBr / 64;  // warpgroups that compute
 constexpr int kN = kBc / 8, kO = kDv / 8;
-// Truncated sums of more than 128 products, or 64 of float32, would be felt in lse: the rest has a sum
-// of its own.
+// Truncated sums of more than 128 products, or 64 of float32, would be felt in lse: the rest has a
+// sum of its own.
 constexpr int kMostSteps = 8 / kHalves;
 constexpr int kSteps = kD / 16, kFirstSteps = kSteps > kMostSteps ? kMostSteps : kSteps;
 constexpr int kShares = kHalves == 2 ? kDv / 64 : 1;  // of the columns of P V
@@ -55,7 +56,8 @@ struct Scores {
     products_fence();
     if constexpr (kHalves == 1) {
       multiply_along_rows<0, kFirstSteps, kBr, kBc>(s[0], q, k, 0);
-      if constexpr (kFirstSteps < kSteps) multiply_along_rows<kFirstSteps, kSteps, kBr, kBc>(rest, q, k, 0);
+      if constexpr (kFirstSteps < kSteps)
+        multiply_along_rows<kFirstSteps, kSteps, kBr, kBc>(rest, q, k, 0);
     } else if constexpr (kFirstSteps == kSteps) {
       start_small(s[0], q, k);
       multiply_along_rows<0, kSteps, kBr, kBc>(s[0], q, k, 1);
@@ -99,7 +101,8 @@ struct Scores {
   }
 };
 
-// A thread's rows so far: maximum and sum of exp(score - maximum), the sum over this lane's columns.
+// A thread's rows so far: maximum and sum of exp(score - maximum), the sum over this lane's
+// columns.
 struct Rows {
   float max[2], sum[2];
 
@@ -132,9 +135,12 @@ struct Rows {
         float& x = s[n][e];
         const float most = safe[e >> 1];
         // In float32 the largest is exactly 1, so that little is lost where it is all there is.
-        if (kHalves == 1 && mode < kScaled) x = exp2_of(fma_of(x, log2_unit, -(most * log2_unit)));
-        else if (kHalves == 2 ? mode < kTaint : mode == kScaled) x = exp2_of((x - most) * log2_unit);
-        else x = x == -infinity(float()) ? 0 : 1;
+        if (kHalves == 1 && mode < kScaled)
+          x = exp2_of(fma_of(x, log2_unit, -(most * log2_unit)));
+        else if (mode < kTaint)
+          x = exp2_of((x - most) * log2_unit);
+        else
+          x = x == -infinity(float()) ? 0 : 1;
         part[e >> 1][e & 1] += x;
       }
 #pragma unroll
@@ -162,8 +168,8 @@ struct Results {
       before[1] = scale[1];
       return;
     }
-    // No row of the warp has a new maximum: the usual case once the large scores have been met. Where
-    // there are few columns, looking costs as much as multiplying.
+    // No row of the warp has a new maximum: the usual case once the large scores have been met.
+    // Where there are few columns, looking costs as much as multiplying.
     if (kDv > 128 && __all_sync(~0u, scale[0] == 1 && scale[1] == 1)) return;
 #pragma unroll
     for (int n = 0; n < kO; n++)
@@ -260,7 +266,8 @@ struct Results {
     for (int half = 0; half < 2; half++) {
       if (i + 8 * half >= p.Lq) continue;
       char* const to = p.lse.at(b, h) + (i + 8 * half) * p.lse.row;
-      if (mode != kScaled || !finite(load<float>(to, p.lse.access))) store(to, lse[half], p.lse.access);
+      if (mode != kScaled || !finite(load<float>(to, p.lse.access)))
+        store(to, lse[half], p.lse.access);
     }
   }
   // float32 to an array of whole chunks: four lanes write 32 bytes of a row.
@@ -287,7 +294,8 @@ struct Results {
 #pragma unroll
       for (int n = 0; n < 4; n++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) stage[(g + (e >> 1) * 8) * 32 + n * 8 + 2 * t + (e & 1)] = o[n0 + n][e];
+        for (int e = 0; e < 4; e++)
+          stage[(g + (e >> 1) * 8) * 32 + n * 8 + 2 * t + (e & 1)] = o[n0 + n][e];
       __syncwarp();
       const int c = n0 * 8 + lane;
       char* to = p.out.at(b, h) + i0 * p.out.row + c * p.out.column;

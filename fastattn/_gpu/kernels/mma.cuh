@@ -394,7 +394,7 @@ DEVICE void multiply_add_apart(Acc (&few)[4], Acc (&rest)[4], const FactorA<T>& 
 }
 
 #if kArch >= 80
-// What the instruction drops of the lower parts is felt too, where it is that of few keys each time.
+// What the instruction drops of the lower parts is felt too, where it is that of few keys.
 DEVICE u32 dropped(u32 lo) {
   return __float_as_int(__int_as_float(lo) - __int_as_float(lo & 0xffffe000));
 }

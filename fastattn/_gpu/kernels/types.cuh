@@ -1,9 +1,9 @@
 // Number types, and the few scalar operations that kernels need of them. No header is included, so
 // that NVRTC needs no include path.
 //
-// Three types are chosen by the configuration: Elem is what the arrays hold, Tile what shared memory
-// holds and matrix instructions take (Elem, but for bfloat16 on chips without its instructions),
-// Acc what is summed in.
+// Three types are chosen by the configuration: Elem is what the arrays hold, Tile what shared
+// memory holds and matrix instructions take (Elem, but for bfloat16 on chips without its
+// instructions), Acc what is summed in.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
