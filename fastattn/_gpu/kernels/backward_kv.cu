@@ -86,11 +86,12 @@ backward_kv(const __grid_constant__ Params p) {
   const Acc ones[kM][2] = {};
 
   for (int mode = kUsual;; mode = mode == kUsual ? kClean : kTaint) {
-    Acc dk[kM][kOut / 8][4], dv[kM][kOutV / 8][4], earlier_dk[kM][kOut / 8][4],
-        earlier_dv[kM][kOutV / 8][4];
+    Acc dk[kM][kOut / 8][4], dv[kM][kOutV / 8][4];
+    Earlier<kM, kOut / 8> earlier_dk;
+    Earlier<kM, kOutV / 8> earlier_dv;
     clear(dk);
     clear(dv);
-    if (kTwoLevels) {
+    if (kTwoLevelsBackward) {
       clear(earlier_dk);
       clear(earlier_dv);
     }
@@ -109,8 +110,13 @@ backward_kv(const __grid_constant__ Params p) {
       copies_commit();
     }
     Step step = first, next_step;
+    bool part_ends = false;
 #pragma unroll 1
     for (int x = 0; step.h < end_head; x++, step = next_step) {
+      if (kTwoLevelsBackward && part_ends) {  // here, where registers are free
+        end_part<false>(earlier_dk, dk, ones);
+        end_part<false>(earlier_dv, dv, ones);
+      }
       next_step = seek(step.h, step.row0 / kBr + 1);
       const int row0 = step.row0;
       Tile* const tile_q = kWalk ? sQ : sQ + x % 2 * kBuffer;
@@ -206,13 +212,9 @@ backward_kv(const __grid_constant__ Params p) {
       }
       if (mode != kUsual) sanitize<kBr, kD>(tile_q, mode);
       multiply_blocks<false>(dk, dp, tile_q + (kWalk ? 0 : column0), pitch_of(kD), ones);
-      if (kTwoLevels &&
-          (next_step.h != step.h || next_step.row0 / kRowsOfPart != row0 / kRowsOfPart)) {
-        end_part<false>(earlier_dk, dk, ones);
-        end_part<false>(earlier_dv, dv, ones);
-      }
+      part_ends = next_step.h != step.h || next_step.row0 / kRowsOfPart != row0 / kRowsOfPart;
     }
-    if (kTwoLevels) {
+    if (kTwoLevelsBackward) {
       add_earlier<false>(dk, earlier_dk, ones);
       add_earlier<false>(dv, earlier_dv, ones);
     }

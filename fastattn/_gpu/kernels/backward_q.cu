@@ -82,10 +82,11 @@ backward_q(const __grid_constant__ Params p) {
   const Acc ones[kM][2] = {};
 
   for (int mode = kUsual;; mode = mode == kUsual ? kClean : kTaint) {
-    Acc dq[kM][kO][4], earlier[kM][kO][4];
+    Acc dq[kM][kO][4];
+    Earlier<kM, kO> earlier;
     Total distances[kM][2] = {};
     clear(dq);
-    if (kTwoLevels) clear(earlier);
+    if (kTwoLevelsBackward) clear(earlier);
     __syncthreads();
     if (!kWalk && first_step.n < to) {
       load_q(0);
@@ -99,9 +100,11 @@ backward_q(const __grid_constant__ Params p) {
 #endif
     copies_commit();
     Step step = first_step, next_step;
+    bool part_ends = false;
 #pragma unroll 1
     for (int x = 0; step.n < to; x++, step = next_step) {
       const int n = step.n;
+      if (kTwoLevelsBackward && part_ends) end_part<false>(earlier, dq, ones);
       next_step = seek(n + 1);
       Tile* const tile_k = kWalk ? sK : sK + x % 2 * kBuffer;
       Acc s[kM][kN][4], dp[kM][kN][4];
@@ -193,10 +196,9 @@ backward_q(const __grid_constant__ Params p) {
       }
       if (mode != kUsual) sanitize<kBc, kD>(tile_k, mode);
       if (!asks_alibi(p) || p.dq.data) multiply_blocks<false>(dq, dp, tile_k, pitch_of(kD), ones);
-      if (kTwoLevels && next_step.n * kBc / kRowsOfPart != n * kBc / kRowsOfPart)
-        end_part<false>(earlier, dq, ones);
+      part_ends = next_step.n * kBc / kRowsOfPart != n * kBc / kRowsOfPart;
     }
-    if (kTwoLevels) add_earlier<false>(dq, earlier, ones);
+    if (kTwoLevelsBackward) add_earlier<false>(dq, earlier, ones);
     copies_wait<0>();
     bool odd = false;
 #pragma unroll

@@ -124,7 +124,8 @@ DEVICE bool passes(const Params& p) {
   for (int mode = kPasses == kOtherPasses ? kClean : kUsual, next;; mode = next) {
     Acc o[kM][kO][4], row_max[kM][2], row_sum[kM][2];
     // Of kTwoLevels; `since` is the scale to this part's.
-    Acc earlier[kM][kO][4], earlier_sum[kM][2] = {}, since[kM][2];
+    Earlier<kM, kO> earlier;
+    Acc earlier_sum[kM][2] = {}, since[kM][2];
     clear(o);
     if (kTwoLevels) clear(earlier);
 #pragma unroll

@@ -11,8 +11,9 @@
 // slot t stands for column 2t, slot t + 4 for 2t + 1, in both factors.
 //
 // float32 in tf32: each factor is split in two tf32 numbers, hi + lo, 22 bits together; lo * lo is
-// dropped. The tensor cores truncate as they add, so small products have a sum of their own, and a
-// sum that goes on over tiles is added up outside of them.
+// dropped. The tensor cores truncate as they add, so small products come ahead of large ones or
+// have a sum of their own, few steps share an accumulator, and a sum that goes on over tiles is
+// added up outside of them.
 //
 // float32 in halves, at twice the rate: likewise two float16 numbers, hi + lo. Their range is
 // small, so a row is multiplied by a power of two that takes its largest to [2^14, 2^15); see
@@ -300,17 +301,28 @@ DEVICE void multiply_add(Acc (&c)[4], Acc (&)[4], const FactorA<T>& a, const Fac
   else multiply_add(c, a.x, b.x);
 }
 #if kArch >= 80
+// What the parts of a number are to the instruction.
+DEVICE float part_of(float) { return 0; }
+DEVICE f16 part_of(halves) { return {}; }
+
+template <class T>
+DEVICE void multiply_add_small(float (&c)[4], const FactorA<T>& a, const FactorB<T>& b) {
+  multiply_add(c, a.lo, b.hi, part_of(T()));
+  multiply_add(c, a.hi, b.lo, part_of(T()));
+}
+template <class T>
+DEVICE void multiply_add_large(float (&c)[4], const FactorA<T>& a, const FactorB<T>& b) {
+  multiply_add(c, a.hi, b.hi, part_of(T()));
+}
 DEVICE void multiply_add(float (&c)[4], float (&small)[4], const FactorA<float>& a,
                          const FactorB<float>& b) {
-  multiply_add(small, a.lo, b.hi, float());
-  multiply_add(small, a.hi, b.lo, float());
-  multiply_add(c, a.hi, b.hi, float());
+  multiply_add_small(small, a, b);
+  multiply_add_large(c, a, b);
 }
 DEVICE void multiply_add(float (&c)[4], float (&small)[4], const FactorA<halves>& a,
                          const FactorB<halves>& b) {
-  multiply_add(small, a.lo, b.hi, f16());
-  multiply_add(small, a.hi, b.lo, f16());
-  multiply_add(c, a.hi, b.hi, f16());
+  multiply_add_small(small, a, b);
+  multiply_add_large(c, a, b);
 }
 constexpr bool kSplit = sizeof(Tile) == 4;  // products come in two parts
 #else
@@ -325,49 +337,72 @@ DEVICE void clear(Acc (&c)[M][N][4]) {
     for (int n = 0; n < N; n++) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0;
 }
 
-// c += rows of a x rows of b: both tiles go along the sum. `a` is the warp's first row. With kParts
-// the sum leaves its accumulator every so many steps, which keeps long sums accurate (tensor cores
-// truncate); 0 is never.
-constexpr int kParts = sizeof(Tile) == 2 ? 0 : 4;
+// c += rows of a x rows of b: both tiles go along the sum. `a` is the warp's first row. The sum
+// leaves its accumulator every kChain steps, small products having come first, and joins c every
+// kEvery, which keeps long sums accurate: tensor cores truncate. kEvery = 0 is never.
+constexpr int kParts = sizeof(Tile) == 2 ? 0 : kSplit ? 8 : 4;
 
 template <int kSteps, int kEvery = kParts, int M, int N>
 DEVICE void multiply_rows(Acc (&c)[M][N][4], const Tile* a, int pitch_a, const Tile* b,
                           int pitch_b) {
   constexpr bool kApart = kEvery != 0 && kEvery < kSteps || kSplit;
-  Acc part[kApart ? M : 1][kApart ? N : 1][4], small[kSplit ? M : 1][kSplit ? N : 1][4];
+  constexpr int kChain = kSplit ? 2 : 1;
+  static_assert(kSteps % kChain == 0 && kEvery % kChain == 0);
+  Acc part[kApart ? M : 1][kApart ? N : 1][4];
 #pragma unroll
-  for (int k = 0; k < kSteps; k++) {
-    if (kApart && k % kEvery == 0) {
-      clear(part);
-      clear(small);
-    }
-    FactorA<Tile> fa[M];
+  for (int k = 0; k < kSteps; k += kChain) {
+    if (kApart && !kSplit && k % kEvery == 0) clear(part);
+    FactorA<Tile> fa[kChain][M];
 #pragma unroll
-    for (int m = 0; m < M; m++) load_a(fa[m], a + m * 16 * pitch_a + k * kStep, pitch_a);
-#pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      FactorB<Tile> fb[2];
-      load_b(fb, b + n * 8 * pitch_b + k * kStep, pitch_b);
+    for (int x = 0; x < kChain; x++)
 #pragma unroll
       for (int m = 0; m < M; m++)
+        load_a(fa[x][m], a + m * 16 * pitch_a + (k + x) * kStep, pitch_a);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          if constexpr (kSplit) multiply_add(part[m][n + i], small[m][n + i], fa[m], fb[i]);
-          else if constexpr (kApart) multiply_add(part[m][n + i], part[m][n + i], fa[m], fb[i]);
-          else multiply_add(c[m][n + i], c[m][n + i], fa[m], fb[i]);
-        }
+    for (int n = 0; n < N; n += 2) {
+      FactorB<Tile> fb[kChain][2];
+#pragma unroll
+      for (int x = 0; x < kChain; x++)
+        load_b(fb[x], b + n * 8 * pitch_b + (k + x) * kStep, pitch_b);
+      if constexpr (kSplit) {
+        Acc sum[M][2][4];
+        clear(sum);
+#pragma unroll
+        for (int x = 0; x < 2 * kChain; x++)
+#pragma unroll
+          for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+              if (x < kChain) multiply_add_small(sum[m][i], fa[x][m], fb[x][i]);
+              else multiply_add_large(sum[m][i], fa[x - kChain][m], fb[x - kChain][i]);
+            }
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+          for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+              part[m][n + i][e] = k % kEvery ? part[m][n + i][e] + sum[m][i][e] : sum[m][i][e];
+      } else {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            if constexpr (kApart)
+              multiply_add(part[m][n + i], part[m][n + i], fa[0][m], fb[0][i]);
+            else multiply_add(c[m][n + i], c[m][n + i], fa[0][m], fb[0][i]);
+          }
+      }
     }
     if constexpr (kApart) {
-      if (k % kEvery == kEvery - 1 || k == kSteps - 1)
+      const int end = k + kChain;
+      if (end % kEvery == 0 || end == kSteps)
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
           for (int n = 0; n < N; n++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-              if constexpr (kSplit) c[m][n][e] += part[m][n][e] + small[m][n][e];
-              else c[m][n][e] += part[m][n][e];
-            }
+            for (int e = 0; e < 4; e++) c[m][n][e] += part[m][n][e];
     }
   }
 }
@@ -535,14 +570,27 @@ DEVICE void multiply_blocks(Acc (&c)[M][N][4], const Acc (&p)[M][K][4], const Ti
 
 // ---------------------------------------------------------------- long sums
 
-// Sums of float64 over many tiles have two levels: c is the part of every so many rows of the
-// tiles' array, which joins the sum of earlier parts.
-constexpr bool kTwoLevels = sizeof(Tile) == 8;
+// Sums over many tiles have two levels, of float64 and, in the backward, of float32: c is the part
+// of every so many rows of the tiles' array, which joins the sum of earlier parts. That one is met
+// so seldom that it is kept in memory, by being volatile.
+constexpr bool kTwoLevels = sizeof(Tile) == 8, kTwoLevelsBackward = sizeof(Acc) == sizeof(Tile);
 constexpr int kRowsOfPart = 512;
 
+template <int M, int N>
+struct Earlier { volatile Acc x[M][N][4]; };
+
+template <int M, int N>
+DEVICE void clear(Earlier<M, N>& earlier) {
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) earlier.x[m][n][e] = 0;
+}
 // c += earlier parts x scale of their row.
 template <bool kRescale, int M, int N>
-DEVICE void add_earlier(Acc (&c)[M][N][4], const Acc (&earlier)[M][N][4],
+DEVICE void add_earlier(Acc (&c)[M][N][4], const Earlier<M, N>& earlier,
                         const Acc (&scale)[M][2]) {
 #pragma unroll
   for (int m = 0; m < M; m++)
@@ -550,15 +598,18 @@ DEVICE void add_earlier(Acc (&c)[M][N][4], const Acc (&earlier)[M][N][4],
     for (int n = 0; n < N; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++)
-        c[m][n][e] = fma_of(earlier[m][n][e], kRescale ? scale[m][e >> 1] : 1, c[m][n][e]);
+        c[m][n][e] = fma_of(earlier.x[m][n][e], kRescale ? scale[m][e >> 1] : 1, c[m][n][e]);
 }
 template <bool kRescale, int M, int N>
-DEVICE void end_part(Acc (&earlier)[M][N][4], Acc (&c)[M][N][4], const Acc (&scale)[M][2]) {
-  add_earlier<kRescale>(c, earlier, scale);
+DEVICE void end_part(Earlier<M, N>& earlier, Acc (&c)[M][N][4], const Acc (&scale)[M][2]) {
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
-    for (int n = 0; n < N; n++) set(earlier[m][n], c[m][n]);
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        earlier.x[m][n][e] =
+            fma_of(earlier.x[m][n][e], kRescale ? scale[m][e >> 1] : 1, c[m][n][e]);
   clear(c);
 }
 
