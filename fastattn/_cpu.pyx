@@ -47,7 +47,6 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         const void *slope
         const void *centre
         void *gain
-        void *tile_max
     ctypedef struct fa_softmax_state:
         void *row_max
         void *row_sum
@@ -110,12 +109,10 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         void (*pack_right)(void *, ptrdiff_t, const fa_rows *) noexcept nogil
         void (*store_row)(char *, ptrdiff_t, int, const void *, int, double) noexcept nogil
         double (*dot)(const char *, ptrdiff_t, int, const char *, ptrdiff_t, int, int) noexcept nogil
-        void (*scores)(void *, int, const void *, ptrdiff_t, const void *, int, int, void *,
-                       const fa_adjust *) noexcept nogil
+        void (*scores)(void *, int, const void *, ptrdiff_t, const void *, int, int, const uint32_t *,
+                       const fa_adjust *, void *) noexcept nogil
         void (*few_scores)(void *, int, const void *, ptrdiff_t, const void *, ptrdiff_t, int, int, int,
-                           int, void *) noexcept nogil
-        void (*adjust)(void *, int, int, const fa_adjust *) noexcept nogil
-        void (*exclude)(void *, int, int, const uint32_t *, void *) noexcept nogil
+                           int, const uint32_t *, const fa_adjust *, void *) noexcept nogil
         int (*softmax)(void *, void *, int, int, double, const fa_softmax_state *,
                        const uint32_t *, double) noexcept nogil
         void (*accumulate)(const fa_product *) noexcept nogil
@@ -130,6 +127,7 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         int (*all_neg_inf)(const fa_rows *) noexcept nogil
         void (*keep_above_neg_inf)(uint32_t *, const void *, int, int) noexcept nogil
         void (*keep_true)(uint32_t *, const fa_rows *) noexcept nogil
+        void (*seen_keys)(int32_t *, int32_t *, const uint32_t *, int, int) noexcept nogil
         void (*dropout)(uint32_t *, int, int, int64_t, const uint32_t *, const uint32_t *,
                         uint32_t, uint64_t, uint64_t) noexcept nogil
         double (*peak)(int64_t, double *) noexcept nogil

@@ -153,6 +153,7 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
     cdef fa_product x
     cdef fa_selection which
     cdef uint32_t *keep
+    cdef const uint32_t *excluded
     cdef const uint32_t *drop
     cdef double drop_scale = job.drop_scale
     cdef bint moved
@@ -181,17 +182,15 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
             load_right(job, ws, &job.v, v_base, k0, k1, job.Dv, job.Dv_cols, job.v_in_place, ws.v_tile,
                        &ws.v_right, &ws.ldv)
             finish = adjustment(job, ws, p, low, n, NULL, &how)
+            excluded = keep if state == PARTIAL else NULL
             if job.few:
                 kr.few_scores(ws.s, job.panel, units(job, ws.k_left, (low - k0) * ws.ldk), ws.ldk,
-                              ws.q_lanes, query_ld(job), ws.rows, n, query_ld(job), job.negate, ws.tile_max)
+                              ws.q_lanes, query_ld(job), ws.rows, n, query_ld(job), job.negate, excluded,
+                              finish, ws.tile_max)
             else:
                 kr.scores(ws.s, job.panel, units(job, ws.k_left, (low - k0) * ws.ldk), ws.ldk,
                           units(job, ws.q_lanes, <ptrdiff_t> p * job.panel * job.D_units), n, job.D_units,
-                          ws.tile_max, finish)
-            if finish != NULL:
-                kr.adjust(ws.s, job.panel, n, finish)
-            if state == PARTIAL:
-                kr.exclude(ws.s, job.panel, n, keep, ws.tile_max)
+                          excluded, finish, ws.tile_max)
             drop = draw_dropout(job, ws, p, low, n)
             if care != USUAL:
                 for j in range(n):  # excluded scores are -inf by now
@@ -215,8 +214,11 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
             x.rows = min(job.panel, ws.rows - p * job.panel)
             x.depth = ceil_div(n, kr.pair)
             x.alpha = ws.alpha if moved else NULL
-            x.row_start = NULL
-            x.row_end = ws.row_depth
+            x.row_start = x.row_end = NULL
+            if state == PARTIAL:
+                set_depths(job, ws, keep, n, x.rows)
+                x.row_start = ws.row_start
+                x.row_end = ws.row_end
             x.cold = False
             x.strip = FA_STRIP if job.few and job.Br > FA_FEW_ROWS else 0
             x.fetch = ws.fetch

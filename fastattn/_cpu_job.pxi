@@ -74,7 +74,8 @@ cdef struct Workspace:
     void *scratch
     uint32_t *keep
     uint32_t *drop
-    int32_t *row_depth
+    int32_t *row_start         # the keys of the tile, in units, that a row may see
+    int32_t *row_end
     void *row_max
     void *row_sum
     void *row_lost
@@ -98,8 +99,6 @@ cdef struct Workspace:
     int32_t *panel_end
     int32_t *key_start         # the rows of the block, in units, that may see a key of the tile
     int32_t *key_end
-    int32_t *row_start         # the keys of the tile, in units, that a row may see
-    int32_t *row_end
     double *dbias
     fa_fetch fetch[5]          # what is wanted next
     int fetches, fetch_rows
@@ -171,7 +170,8 @@ cdef size_t lay_out(const Job *job, Workspace *ws, char *base) noexcept nogil:
     ws.k_tile = carve(base, &used, 0 if job.k_in_place else Bc * key_ld(job) * unit)
     ws.keep = <uint32_t *> carve(base, &used, panels * Bc * sizeof(uint32_t))
     ws.drop = <uint32_t *> carve(base, &used, Bc * sizeof(uint32_t))
-    ws.row_depth = <int32_t *> carve(base, &used, job.panel * sizeof(int32_t))
+    ws.row_start = <int32_t *> carve(base, &used, rows * sizeof(int32_t))
+    ws.row_end = <int32_t *> carve(base, &used, rows * sizeof(int32_t))
     ws.tile_max = carve(base, &used, job.panel * real)
     ws.slope = carve(base, &used, job.panel * real)
     ws.centre = carve(base, &used, job.panel * real)
@@ -194,8 +194,6 @@ cdef size_t lay_out(const Job *job, Workspace *ws, char *base) noexcept nogil:
         ws.panel_end = <int32_t *> carve(base, &used, panels * sizeof(int32_t))
         ws.key_start = <int32_t *> carve(base, &used, Bc * sizeof(int32_t))
         ws.key_end = <int32_t *> carve(base, &used, Bc * sizeof(int32_t))
-        ws.row_start = <int32_t *> carve(base, &used, rows * sizeof(int32_t))
-        ws.row_end = <int32_t *> carve(base, &used, rows * sizeof(int32_t))
         ws.dbias = <double *> carve(base, &used, panels * tile * 8 if job.dbias.dtype != FA_NONE else 0)
     else:
         ws.p = carve(base, &used, key_pairs * job.panel * unit) if kr.pair == 2 else ws.s
@@ -555,7 +553,7 @@ cdef void load_right(const Job *job, Workspace *ws, const Array *a, char *base, 
 # the bits of keep[j - k0] telling which rows do, but for what an additive mask excludes: that is left
 # to `adjust`, whose scores tell. Keys outside of [low, high) take no part; low is rounded down:
 # dropout draws 4 keys at once, bfloat16 takes them in pairs, and sums in runs start at the same keys
-# in any panel. Sets ws.row_depth, past which a row sees nothing.
+# in any panel.
 cdef int tile_mask(const Job *job, Workspace *ws, int p, int64_t k0, int64_t k1, int64_t *low,
                    int64_t *high, uint32_t *keep) noexcept nogil:
     cdef const Span *span = ws.span + p
@@ -601,7 +599,6 @@ cdef int tile_mask(const Job *job, Workspace *ws, int p, int64_t k0, int64_t k1,
         j0 += j
         for j in range(j, n):
             all_kept &= keep[j]
-    set_depths(job, ws, r0, j0, end, banded)
     low[0] = j0
     high[0] = end
     return FULL if all_kept == valid else PARTIAL
@@ -651,12 +648,13 @@ cdef void keep_segments(const Job *job, const Workspace *ws, int r0, int rows, i
             last = segment
         keep[j] &= bits
 
-cdef void set_depths(const Job *job, Workspace *ws, int r0, int64_t j0, int64_t end, bint banded) noexcept nogil:
-    cdef int r, pair = job.kernels.pair, whole = <int> ceil_div(end - j0, pair)
-    for r in range(job.panel):
-        ws.row_depth[r] = whole
-    for r in range(min(job.panel, ws.rows - r0) if banded else 0):
-        ws.row_depth[r] = <int32_t> ceil_div(clamp(ws.key_to[r0 + r] - j0, 0, end - j0), pair)
+# Which of n keys, in units, the first `rows` rows of a panel see.
+cdef void set_depths(const Job *job, Workspace *ws, const uint32_t *keep, int n, int rows) noexcept nogil:
+    cdef int r, pair = job.kernels.pair
+    job.kernels.seen_keys(ws.row_start, ws.row_end, keep, n, rows)
+    for r in range(rows if pair > 1 else 0):
+        ws.row_start[r] //= pair
+        ws.row_end[r] = ceil_div(ws.row_end[r], pair)
 
 
 # Rows of what is added to the scores of panel p with keys [j0, j0 + n); returns how many arrays.
@@ -684,7 +682,6 @@ cdef const fa_adjust *adjustment(const Job *job, Workspace *ws, int p, int64_t j
         how.slope = ws.slope
         how.centre = ws.centre
     how.gain = gain
-    how.tile_max = ws.tile_max
     return how
 
 cdef void set_distances(const Job *job, Workspace *ws, int p, int64_t j0) noexcept nogil:

@@ -83,8 +83,8 @@ INLINE void tiles_product(real *c, ptrdiff_t ldc, int vectors, const unit *a, pt
 }
 
 static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const void *q, int keys,
-                   int depth, void *tile_max, const fa_adjust *soon) {
-    if (soon) fetch_terms(soon, 0, keys, keys);
+                   int depth, const uint32_t *keep, const fa_adjust *how, void *tile_max) {
+    if (how) fetch_terms(how, 0, keys, keys);
     real *s = s_;
     const unit *k = k_;
     for (int row = 0; row < keys; row += RUN_UNITS) {
@@ -94,12 +94,7 @@ static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const voi
                       RUN_UNITS, q, panel, depth, 0);
     }
     _tile_release();
-    for (int lane = 0; lane < panel; lane += V_LANES) {
-        vr top = v_set1(-INFINITY);
-        for (int key = 0; key < keys; key++)
-            top = v_max(top, v_load(s + (ptrdiff_t)key * panel + lane));
-        v_store((real *)tile_max + lane, top);
-    }
+    finish_scores(s, panel, keys, keep, how, tile_max);
 }
 
 // dst[row][unit], RUN_UNITS of both, from units that lie `ld` apart; zeros past `rows` and `n`.

@@ -57,7 +57,6 @@ typedef struct {
     const void *slope;      // lanes: ALiBi slope of each row, or NULL
     const void *centre;     // lanes: i + offset - first key of the tile
     void *gain;             // [key][panel] out: d(softcap)/ds = 1 - tanh^2, or NULL
-    void *tile_max;         // lanes, out: the largest score
 } fa_adjust;
 
 // The online softmax of a panel. All are lanes.
@@ -149,17 +148,15 @@ typedef struct {
     double (*dot)(const char *a, ptrdiff_t a_stride, int a_dtype,
                   const char *b, ptrdiff_t b_stride, int b_dtype, int n);
 
-    // What `soon` adds is fetched meanwhile.
-    void (*scores)(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, int keys,
-                   int depth, void *tile_max, const fa_adjust *soon);
+    // Scores as `how` finishes them (NULL: the products themselves); -inf where a term is -inf or keep
+    // (NULL: nowhere) excludes the pair. tile_max, lanes, out: the largest.
+    void (*scores)(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, int keys, int depth,
+                   const uint32_t *keep, const fa_adjust *how, void *tile_max);
     // The same for a few rows of q, half a vector of lanes at most, with the lanes along the summed
     // axis: q as it lies, padded with zeros to whole vectors as k is. Lanes past the rows are zeros.
     void (*few_scores)(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, ptrdiff_t ldq,
-                       int rows, int keys, int depth, int negate, void *tile_max);
-    // A pair where a term is -inf has the score -inf.
-    void (*adjust)(void *s, int panel, int keys, const fa_adjust *how);
-    // Excluded scores, of which keep tells, become -inf; tile_max is taken again.
-    void (*exclude)(void *s, int panel, int keys, const uint32_t *keep, void *tile_max);
+                       int rows, int keys, int depth, int negate, const uint32_t *keep,
+                       const fa_adjust *how, void *tile_max);
     // s -> p = exp(scale (s - row_max)), times z under dropout; returns whether a row_max moved.
     int (*softmax)(void *p, void *s, int panel, int keys, double scale, const fa_softmax_state *st,
                    const uint32_t *drop, double drop_scale);
@@ -184,6 +181,8 @@ typedef struct {
     // Clears the bits of pairs where a tile of scores is -inf / a bool mask is False.
     void (*keep_above_neg_inf)(uint32_t *keep, const void *tile, int panel, int keys);
     void (*keep_true)(uint32_t *keep, const fa_rows *mask);
+    // The keys that each row sees lie within [start, end); (keys, 0) where it sees none.
+    void (*seen_keys)(int32_t *start, int32_t *end, const uint32_t *keep, int keys, int rows);
     // Dropout's decisions for keys [key0, key0 + keys), key0 % 4 == 0.
     void (*dropout)(uint32_t *bits, int panel, int keys, int64_t key0, const uint32_t *row,
                     const uint32_t *head, uint32_t batch, uint64_t seed, uint64_t threshold);

@@ -271,6 +271,127 @@ static double dot(const char *a, ptrdiff_t a_stride, int a_dtype, const char *b,
     return total[0];
 }
 
+// ---- scores are finished ---------------------------------------------------------------------
+
+// V_LANES keys from `key` on of what is added to the scores of V_LANES rows from `lane` on:
+// to[key] holds the rows, zeros past the last one.
+INLINE void load_whole_terms(const int dtype, vr *to, const fa_rows *src, int lane, int key) {
+    const char *const *row = src->row + lane;
+    vr block[V_LANES];
+    UNROLL for (int r = 0; r < V_LANES; r++)
+        block[r] = load_vector(row[r] + key * dtype_bytes(dtype), dtype);
+    v_transpose(block);
+    UNROLL for (int c = 0; c < V_LANES; c++) to[c] = block[c];
+}
+NOINLINE void load_terms(vr *to, const fa_rows *src, int one_row, int lane, int key, int width) {
+    real part[V_LANES] __attribute__((aligned(V_BYTES))) = {0};
+    if (one_row) {
+        load_row(part, src->row[0] + key * src->stride, src->stride, width, src->dtype);
+        UNROLL for (int c = 0; c < V_LANES; c++) to[c] = v_set1(part[c]);
+    } else if (width == V_LANES && lane + V_LANES <= src->rows && src->stride == dtype_bytes(src->dtype)) {
+        switch (src->dtype) {
+        case FA_F16: load_whole_terms(FA_F16, to, src, lane, key); break;
+        case FA_BF16: load_whole_terms(FA_BF16, to, src, lane, key); break;
+        case FA_F32: load_whole_terms(FA_F32, to, src, lane, key); break;
+        default: load_whole_terms(FA_F64, to, src, lane, key);
+        }
+    } else {
+        for (int r = 0; r < V_LANES; r++) {
+            if (lane + r < src->rows)
+                load_row(part, src->row[lane + r] + key * src->stride, src->stride, width, src->dtype);
+            else
+                memset(part, 0, sizeof part);
+            to[r] = v_load(part);
+        }
+        v_transpose(to);
+    }
+}
+
+static int is_one_row(const fa_rows *x) {
+    for (int r = 1; r < x->rows; r++)
+        if (x->row[r] != x->row[0]) return 0;
+    return 1;
+}
+
+// One vector of rows and V_LANES keys at most.
+INLINE vr add_terms(const int terms, vr (*add)[V_LANES], real *s, int panel, int keys, vr scale,
+                    int sloped, vr slope, vr distance, vr top) {
+    UNROLL for (int c = 0; c < V_LANES; c++) {
+        if (c == keys) break;
+        vr x = v_load(s + c * panel);
+        x = terms > 0 ? v_fma(x, scale, add[0][c]) : x * scale;
+        if (terms > 1) x += add[1][c];
+        if (sloped) x = v_fma(slope, v_abs(distance - v_set1((real)c)), x);
+        UNROLL for (int t = 0; t < terms; t++)
+            x = v_select(add[t][c] == v_set1(-INFINITY), v_set1(-INFINITY), x);
+        v_store(s + c * panel, x);
+        top = v_max(top, x);
+    }
+    return top;
+}
+
+static void adjust(real *s, int panel, int keys, const fa_adjust *how, real *tile_max) {
+    real *gain = how->gain;
+    const real *slopes = how->slope;
+    int sloped = slopes != 0, one_row[2] = {0};
+    vr scale = v_set1((real)how->scale);
+    if (how->softcap != 0) {
+        vr cap = v_set1((real)how->softcap), per_cap = v_set1((real)(1 / how->softcap));
+        for (int lane = 0; lane < panel; lane += V_LANES) {
+            vr top = v_set1(-INFINITY);
+            for (int key = 0; key < keys; key++) {
+                ptrdiff_t at = (ptrdiff_t)key * panel + lane;
+                vr t = v_tanh(v_load(s + at) * scale * per_cap);
+                if (gain) v_store(gain + at, v_set1(1) - t * t);
+                v_store(s + at, cap * t);
+                top = v_max(top, cap * t);
+            }
+            v_store(tile_max + lane, top);
+        }
+        if (how->terms == 0 && !sloped) return;
+        scale = v_set1(1);
+    }
+    for (int t = 0; t < how->terms; t++) one_row[t] = is_one_row(&how->add[t]);
+    for (int lane = 0; lane < panel; lane += V_LANES) {
+        vr slope = {}, centre = {}, top = v_set1(-INFINITY);
+        if (sloped) {
+            slope = -v_load(slopes + lane);
+            centre = v_load((const real *)how->centre + lane);
+        }
+        for (int key = 0; key < keys; key += V_LANES) {
+            vr add[2][V_LANES], distance = centre - v_set1((real)key);
+            int n = keys - key < V_LANES ? keys - key : V_LANES;
+            real *at = s + (ptrdiff_t)key * panel + lane;
+            for (int t = 0; t < how->terms; t++)
+                load_terms(add[t], &how->add[t], one_row[t], lane, key, n);
+#define ADD_TERMS(terms) add_terms(terms, add, at, panel, n, scale, sloped, slope, distance, top)
+            top = how->terms == 0 ? ADD_TERMS(0) : how->terms == 1 ? ADD_TERMS(1) : ADD_TERMS(2);
+        }
+        v_store(tile_max + lane, top);
+    }
+}
+
+// Scores become -inf where keep (NULL: nowhere) excludes them, and tile_max the largest left.
+static void exclude(real *s, int panel, int keys, const uint32_t *keep, real *tile_max) {
+    for (int lane = 0; lane < panel; lane += V_LANES) {
+        vr top = v_set1(-INFINITY);
+        for (int key = 0; key < keys; key++) {
+            real *at = s + (ptrdiff_t)key * panel + lane;
+            vr x = v_load(at);
+            if (keep) v_store(at, x = v_choose(keep[key] >> lane, x, v_set1(-INFINITY)));
+            top = v_max(top, x);
+        }
+        v_store(tile_max + lane, top);
+    }
+}
+
+// Finishes scores as the product left them.
+static void finish_scores(real *s, int panel, int keys, const uint32_t *keep, const fa_adjust *how,
+                          real *tile_max) {
+    if (how) adjust(s, panel, keys, how, tile_max);
+    if (keep || !how) exclude(s, panel, keys, keep, tile_max);
+}
+
 // ---- products --------------------------------------------------------------------------------
 
 // Each vector of a register tile. Two loops: GCC unrolls none of more turns than UNROLL says.
@@ -321,12 +442,26 @@ INLINE void fetch_terms(const fa_adjust *how, int key, int end, int keys) {
 #ifdef FA_AMX
 #include "amx.h"
 #else
-INLINE void scores_tile(const int MR, const int NR, real *s, const unit *k, ptrdiff_t ldk,
-                        const unit *q, int depth, int add, vr *top) {
-    const int panel = NR * V_LANES;
-    vr c[MR * NR];
-    product(MR, NR, 0, c, k, ldk, 1, q, panel, depth);
-    if (add) EACH c[i * NR + j] += v_load(s + i * panel + j * V_LANES);
+// A chain of the scores of one panel.
+typedef struct {
+    real *s;
+    const unit *k, *q;
+    ptrdiff_t ldk;
+    int panel, depth, add;
+    const uint32_t *keep;  // of the last chain, or NULL
+    vr *top;
+} scores_chain;
+
+// MR keys from `row` on with NR vectors of queries from `lane` on.
+INLINE void scores_tile(const int MR, const int NR, const scores_chain *x, int row, int lane) {
+    const int panel = NR == 2 ? 2 * V_LANES : x->panel;
+    real *s = x->s + (ptrdiff_t)row * panel + lane;
+    vr c[MR * NR], *top = x->top + lane / V_LANES;
+    product(MR, NR, 0, c, x->k + row * x->ldk, x->ldk, 1, x->q + lane, panel, x->depth);
+    if (x->add) EACH c[i * NR + j] += v_load(s + i * panel + j * V_LANES);
+    if (x->keep)
+        EACH c[i * NR + j] = v_choose(x->keep[row + i] >> (lane + j * V_LANES), c[i * NR + j],
+                                      v_set1(-INFINITY));
     EACH v_store(s + i * panel + j * V_LANES, c[i * NR + j]);
     UNROLL for (int j = 0; j < NR; j++) {
         vr most = c[j];  // not top[j] each time, which the stores might have changed
@@ -334,12 +469,10 @@ INLINE void scores_tile(const int MR, const int NR, real *s, const unit *k, ptrd
         top[j] = v_max(top[j], most);
     }
 }
-typedef void scores_fn(real *s, const unit *k, ptrdiff_t ldk, const unit *q, int depth, int add,
-                       vr *top);
+typedef void scores_fn(const scores_chain *x, int row, int lane);
 #define DEFINE_SCORES(MR, NR)                                                                    \
-    NOINLINE void scores_##MR##x##NR(real *s, const unit *k, ptrdiff_t ldk, const unit *q,       \
-                                     int depth, int add, vr *top) {                              \
-        scores_tile(MR, NR, s, k, ldk, q, depth, add, top);                                      \
+    NOINLINE void scores_##MR##x##NR(const scores_chain *x, int row, int lane) {                 \
+        scores_tile(MR, NR, x, row, lane);                                                       \
     }
 #if FA_SCORES_MR == 8
 DEFINE_SCORES(8, 1)
@@ -355,8 +488,8 @@ DEFINE_SCORES(2, 2)
 DEFINE_SCORES(1, 1)
 DEFINE_SCORES(1, 2)
 
-static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const void *q_, int keys,
-                   int depth, void *tile_max, const fa_adjust *soon) {
+static void scores(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, int keys, int depth,
+                   const uint32_t *keep, const fa_adjust *how, void *tile_max) {
     static const struct {
         int rows;
         scores_fn *run[2];
@@ -370,24 +503,41 @@ static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const voi
         {2, {scores_2x1, scores_2x2}},
         {1, {scores_1x1, scores_1x2}},
     };
-    real *s = s_;
-    const unit *k = k_, *q = q_;
-    int wide = panel / V_LANES - 1;
+    const int wide = panel / V_LANES - 1;
+    const uint32_t one = (uint32_t)((1ull << V_LANES) - 1), whole = wide ? one << V_LANES | one : one;
     vr top[2];
+    scores_chain x = {.s = s, .k = k, .q = q, .ldk = ldk, .panel = panel, .top = top};
     int d = 0;
     do {
-        int n = depth - d < CHAIN ? depth - d : CHAIN;
+        x.depth = depth - d < CHAIN ? depth - d : CHAIN;
+        x.add = d > 0;
         top[0] = top[1] = v_set1(-INFINITY);
-        int row = 0;
-        for (int t = 0; row < keys; t++)
-            for (; row + table[t].rows <= keys; row += table[t].rows) {
-                if (soon && d == 0) fetch_terms(soon, row, row + table[t].rows, keys);
-                table[t].run[wide](s + (ptrdiff_t)row * panel, k + row * ldk + d, ldk,
-                                   q + (ptrdiff_t)d * panel, n, d > 0, top);
+        for (int row = 0, t = 0; row < keys; row += table[t].rows) {
+            while (row + table[t].rows > keys) t++;
+            const int rows = table[t].rows;
+            uint32_t some = keep ? 0 : whole, all = whole;
+            for (int i = row; keep && i < row + rows; i++) {
+                some |= keep[i];
+                all &= keep[i];
             }
-        d += n;
+            const int seen[2] = {(some & one) != 0, some > one};
+            if (how && d == 0) fetch_terms(how, row, row + rows, keys);
+            x.keep = all == whole || d + x.depth < depth ? NULL : keep;
+            if (seen[0] && seen[wide]) {
+                table[t].run[wide](&x, row, 0);
+                continue;
+            }
+            for (int i = 0; d == 0 && i < rows * panel; i += V_LANES)
+                v_store(x.s + (ptrdiff_t)row * panel + i, v_set1(-INFINITY));
+            for (int j = 0; j <= wide; j++)
+                if (seen[j]) table[t].run[0](&x, row, j * V_LANES);
+        }
+        x.k += x.depth;
+        x.q += (ptrdiff_t)x.depth * panel;
+        d += x.depth;
     } while (d < depth);
     for (int j = 0; j <= wide; j++) v_store((real *)tile_max + j * V_LANES, top[j]);
+    if (how) finish_scores(s, panel, keys, keep, how, tile_max);
 }
 #endif
 
@@ -447,7 +597,8 @@ DEFINE_DOTS(4)
         dots_##MR(to + row, panel, k, ldk, q + row * ldq, ldq, n, part, d > 0, flip);
 
 static void few_scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const void *q_,
-                       ptrdiff_t ldq, int rows, int keys, int depth, int negate, void *tile_max) {
+                       ptrdiff_t ldq, int rows, int keys, int depth, int negate,
+                       const uint32_t *keep, const fa_adjust *how, void *tile_max) {
     ureal flip = negate ? (ureal)1 << (8 * sizeof(real) - 1) : 0;
     real *s = s_;
     memset(s, 0, (size_t)keys * panel * sizeof(real));
@@ -464,11 +615,7 @@ static void few_scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const
             DOTS(2)
             DOTS(1)
         }
-    for (int lane = 0; lane < panel; lane += V_LANES) {
-        vr top = v_set1(-INFINITY);
-        for (int key = 0; key < keys; key++) top = v_max(top, v_load(s + (ptrdiff_t)key * panel + lane));
-        v_store((real *)tile_max + lane, top);
-    }
+    finish_scores(s, panel, keys, keep, how, tile_max);
 }
 
 #ifndef FA_AMX
@@ -605,118 +752,6 @@ static void accumulate_selected(const fa_product *x, const fa_selection *which) 
 }
 
 // ---- scores to probabilities -----------------------------------------------------------------
-
-// V_LANES keys from `key` on of what is added to the scores of V_LANES rows from `lane` on:
-// to[key] holds the rows, zeros past the last one.
-INLINE void load_whole_terms(const int dtype, vr *to, const fa_rows *src, int lane, int key) {
-    const char *const *row = src->row + lane;
-    vr block[V_LANES];
-    UNROLL for (int r = 0; r < V_LANES; r++)
-        block[r] = load_vector(row[r] + key * dtype_bytes(dtype), dtype);
-    v_transpose(block);
-    UNROLL for (int c = 0; c < V_LANES; c++) to[c] = block[c];
-}
-NOINLINE void load_terms(vr *to, const fa_rows *src, int one_row, int lane, int key, int width) {
-    real part[V_LANES] __attribute__((aligned(V_BYTES))) = {0};
-    if (one_row) {
-        load_row(part, src->row[0] + key * src->stride, src->stride, width, src->dtype);
-        UNROLL for (int c = 0; c < V_LANES; c++) to[c] = v_set1(part[c]);
-    } else if (width == V_LANES && lane + V_LANES <= src->rows && src->stride == dtype_bytes(src->dtype)) {
-        switch (src->dtype) {
-        case FA_F16: load_whole_terms(FA_F16, to, src, lane, key); break;
-        case FA_BF16: load_whole_terms(FA_BF16, to, src, lane, key); break;
-        case FA_F32: load_whole_terms(FA_F32, to, src, lane, key); break;
-        default: load_whole_terms(FA_F64, to, src, lane, key);
-        }
-    } else {
-        for (int r = 0; r < V_LANES; r++) {
-            if (lane + r < src->rows)
-                load_row(part, src->row[lane + r] + key * src->stride, src->stride, width, src->dtype);
-            else
-                memset(part, 0, sizeof part);
-            to[r] = v_load(part);
-        }
-        v_transpose(to);
-    }
-}
-
-static int is_one_row(const fa_rows *x) {
-    for (int r = 1; r < x->rows; r++)
-        if (x->row[r] != x->row[0]) return 0;
-    return 1;
-}
-
-// One vector of rows and V_LANES keys at most.
-INLINE vr add_terms(const int terms, vr (*add)[V_LANES], real *s, int panel, int keys, vr scale,
-                    int sloped, vr slope, vr distance, vr top) {
-    UNROLL for (int c = 0; c < V_LANES; c++) {
-        if (c == keys) break;
-        vr x = v_load(s + c * panel);
-        x = terms > 0 ? v_fma(x, scale, add[0][c]) : x * scale;
-        if (terms > 1) x += add[1][c];
-        if (sloped) x = v_fma(slope, v_abs(distance - v_set1((real)c)), x);
-        UNROLL for (int t = 0; t < terms; t++)
-            x = v_select(add[t][c] == v_set1(-INFINITY), v_set1(-INFINITY), x);
-        v_store(s + c * panel, x);
-        top = v_max(top, x);
-    }
-    return top;
-}
-
-static void adjust(void *s_, int panel, int keys, const fa_adjust *how) {
-    real *s = s_, *gain = how->gain;
-    const real *slopes = how->slope;
-    int sloped = slopes != 0, one_row[2] = {0};
-    vr scale = v_set1((real)how->scale);
-    if (how->softcap != 0) {
-        vr cap = v_set1((real)how->softcap), per_cap = v_set1((real)(1 / how->softcap));
-        for (int lane = 0; lane < panel; lane += V_LANES) {
-            vr top = v_set1(-INFINITY);
-            for (int key = 0; key < keys; key++) {
-                ptrdiff_t at = (ptrdiff_t)key * panel + lane;
-                vr t = v_tanh(v_load(s + at) * scale * per_cap);
-                if (gain) v_store(gain + at, v_set1(1) - t * t);
-                v_store(s + at, cap * t);
-                top = v_max(top, cap * t);
-            }
-            v_store((real *)how->tile_max + lane, top);
-        }
-        if (how->terms == 0 && !sloped) return;
-        scale = v_set1(1);
-    }
-    for (int t = 0; t < how->terms; t++) one_row[t] = is_one_row(&how->add[t]);
-    for (int lane = 0; lane < panel; lane += V_LANES) {
-        vr slope = {}, centre = {}, top = v_set1(-INFINITY);
-        if (sloped) {
-            slope = -v_load(slopes + lane);
-            centre = v_load((const real *)how->centre + lane);
-        }
-        for (int key = 0; key < keys; key += V_LANES) {
-            vr add[2][V_LANES], distance = centre - v_set1((real)key);
-            int n = keys - key < V_LANES ? keys - key : V_LANES;
-            real *at = s + (ptrdiff_t)key * panel + lane;
-            for (int t = 0; t < how->terms; t++)
-                load_terms(add[t], &how->add[t], one_row[t], lane, key, n);
-#define ADD_TERMS(terms) add_terms(terms, add, at, panel, n, scale, sloped, slope, distance, top)
-            top = how->terms == 0 ? ADD_TERMS(0) : how->terms == 1 ? ADD_TERMS(1) : ADD_TERMS(2);
-        }
-        v_store((real *)how->tile_max + lane, top);
-    }
-}
-
-static void exclude(void *s_, int panel, int keys, const uint32_t *keep, void *tile_max) {
-    real *s = s_;
-    for (int lane = 0; lane < panel; lane += V_LANES) {
-        vr top = v_set1(-INFINITY);
-        for (int key = 0; key < keys; key++) {
-            real *at = s + (ptrdiff_t)key * panel + lane;
-            vr x = v_select(v_mask(keep[key] >> lane), v_load(at), v_set1(-INFINITY));
-            v_store(at, x);
-            top = v_max(top, x);
-        }
-        v_store((real *)tile_max + lane, top);
-    }
-}
 
 INLINE vr dropped(vr p, const uint32_t *drop, int key, int lane, vr drop_scale) {
     return drop ? p * v_select(v_mask(drop[key] >> lane), drop_scale, (vr){}) : p;
@@ -879,7 +914,7 @@ static int backward_tile(const fa_backward_tile *x, int panel, int keys) {
 // Scores leave the tiles' registers by memory.
 static int backward_plain(const fa_backward_tile *x, int panel, int keys) {
     real top[FA_MAX_PANEL] __attribute__((aligned(V_BYTES)));
-    scores(x->s, panel, x->k, x->ldk, x->q, keys, x->D, top, 0);
+    scores(x->s, panel, x->k, x->ldk, x->q, keys, x->D, NULL, NULL, top);
     fetch_some(x->fetch, x->fetches, keys * x->fetch_rows);
     return backward_tile(x, panel, keys);
 }
@@ -958,7 +993,7 @@ static int backward_plain(const fa_backward_tile *x, int panel, int keys) {
     };
     int wide = panel / V_LANES - 1, row = 0, before = x->D > 0 ? (x->D - 1) / CHAIN * CHAIN : 0;
     vr lowest = {}, top[2];
-    if (before > 0) scores(x->s, panel, x->k, x->ldk, x->q, keys, before, top, 0);
+    if (before > 0) scores(x->s, panel, x->k, x->ldk, x->q, keys, before, NULL, NULL, top);
     for (int t = 0; row < keys; t++)
         for (; row + table[t].rows <= keys; row += table[t].rows)
             lowest = table[t].run[wide](x, row, x->D - before, lowest);
@@ -1065,6 +1100,20 @@ static void keep_true(uint32_t *keep, const fa_rows *mask) {
             for (int i = 0; i < n; i++) keep[j + i] &= x[i];
         }
     }
+}
+
+static void seen_keys(int32_t *start, int32_t *end, const uint32_t *keep, int keys, int rows) {
+    const uint32_t all = (uint32_t)((1ull << rows) - 1);
+    for (int r = 0; r < rows; r++) {
+        start[r] = keys;
+        end[r] = 0;
+    }
+    uint32_t seen = 0;
+    for (int j = 0; j < keys && seen != all; seen |= keep[j++])
+        for (uint32_t bits = keep[j] & ~seen; bits; bits &= bits - 1) start[__builtin_ctz(bits)] = j;
+    seen = 0;
+    for (int j = keys; j > 0 && seen != all; seen |= keep[--j])
+        for (uint32_t bits = keep[j - 1] & ~seen; bits; bits &= bits - 1) end[__builtin_ctz(bits)] = j;
 }
 
 // Philox4x32-7 (Salmon et al., SC 2011), one counter a lane: (key // 4, row, head, batch).
@@ -1174,8 +1223,6 @@ const fa_kernels FA_SET = {
     .dot = dot,
     .scores = scores,
     .few_scores = few_scores,
-    .adjust = adjust,
-    .exclude = exclude,
     .softmax = softmax,
     .accumulate = accumulate,
     .merge = merge,
@@ -1189,6 +1236,7 @@ const fa_kernels FA_SET = {
     .keep_above_neg_inf = keep_above_neg_inf,
     .all_neg_inf = all_neg_inf,
     .keep_true = keep_true,
+    .seen_keys = seen_keys,
     .dropout = dropout,
     .peak = peak,
 };

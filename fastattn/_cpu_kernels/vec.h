@@ -149,6 +149,14 @@ INLINE vi v_mask(uint32_t bits) {
     return (v_set1i((ireal)bits) & lane) != 0;
 #endif
 }
+// Lanes of `yes` where a bit says so, else of `no`.
+INLINE vr v_choose(uint32_t bits, vr yes, vr no) {
+#ifdef __AVX512F__
+    return (vr)V_X86(mask_blend)(bits, (v_x86)no, (v_x86)yes);
+#else
+    return v_select(v_mask(bits), yes, no);
+#endif
+}
 
 // Transposes a V_LANES x V_LANES block held in registers: log2(V_LANES) perfect shuffles of
 // the rows each turn the index (row, lane) by one bit, and all of them swap its halves.
