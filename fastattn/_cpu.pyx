@@ -35,7 +35,7 @@ cnp.import_array()
 cdef extern from "_cpu_kernels/kernels.h" nogil:
     enum:
         FA_F16, FA_BF16, FA_F32, FA_F64, FA_BOOL, FA_NONE
-        FA_RUN, FA_AHEAD, FA_FEW_ROWS, FA_STRIP
+        FA_RUN, FA_AHEAD, FA_FEW_ROWS, FA_STRIP, FA_MAX_PANEL
     ctypedef struct fa_rows:
         const char *const *row
         ptrdiff_t stride
@@ -124,10 +124,10 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         int (*backward_plain)(const fa_backward_tile *, int, int) noexcept nogil
         void (*add_tile)(double *, const void *, int64_t) noexcept nogil
         void (*add_distances)(void *, const void *, int, int, const void *) noexcept nogil
-        int (*all_neg_inf)(const fa_rows *) noexcept nogil
+        void (*cut_neg_inf)(const fa_rows *, int *, int *) noexcept nogil
         void (*keep_above_neg_inf)(uint32_t *, const void *, int, int) noexcept nogil
         void (*keep_true)(uint32_t *, const fa_rows *) noexcept nogil
-        void (*seen_keys)(int32_t *, int32_t *, const uint32_t *, int, int) noexcept nogil
+        void (*seen_units)(int32_t *, int32_t *, const uint32_t *, int, int) noexcept nogil
         void (*dropout)(uint32_t *, int, int, int64_t, const uint32_t *, const uint32_t *,
                         uint32_t, uint64_t, uint64_t) noexcept nogil
         double (*peak)(int64_t, double *) noexcept nogil

@@ -145,7 +145,7 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
     cdef const fa_kernels *kr = job.kernels
     cdef char *k_base = at(job, &job.k, ws.b, kv_head)
     cdef char *v_base = at(job, &job.v, ws.b, kv_head)
-    cdef int64_t k0 = max(begin, ws.first_key // job.Bc * job.Bc), k1, low, high
+    cdef int64_t k0 = max(begin, ws.first_key // FA_RUN * FA_RUN), k1, low, high
     cdef int p, n, j, r, state
     cdef fa_adjust how
     cdef const fa_adjust *finish
@@ -169,7 +169,7 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
 
     end = min(end, ws.end_key)
     while k0 < end:
-        k1 = min(k0 + job.Bc, end)
+        k1 = min((k0 // job.Bc + 1) * job.Bc, end)
         ws.k_left = ws.v_right = NULL
         for p in range(ws.panels):
             state = tile_mask(job, ws, p, k0, k1, &low, &high, ws.keep)
@@ -216,7 +216,7 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
             x.alpha = ws.alpha if moved else NULL
             x.row_start = x.row_end = NULL
             if state == PARTIAL:
-                set_depths(job, ws, keep, n, x.rows)
+                kr.seen_units(ws.row_start, ws.row_end, keep, n, x.rows)
                 x.row_start = ws.row_start
                 x.row_end = ws.row_end
             x.cold = False
@@ -234,7 +234,7 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
                 which.rows_are_keys = False
                 which.scratch = ws.scratch
                 kr.accumulate_selected(&x, &which)
-        k0 += job.Bc
+        k0 = k1
 
 # Powers of two to scale P down by, so that a sum over all keys stays below the largest summand.
 cdef inline int scaled_bits(const Job *job) noexcept nogil:

@@ -8,7 +8,6 @@ cdef enum:
     CHUNK = 512  # keys of a chunk, at least
     WANTED_KEYS = 256  # of the next heads, with that many columns: within the second level of cache
     WANTED_COLUMNS = 256
-    SEEN_KEYS = 128  # of a tile that a mask or segments may leave empty
     MAX_CHUNKS = 64
     EMPTY, PARTIAL, FULL
 
@@ -170,8 +169,8 @@ cdef size_t lay_out(const Job *job, Workspace *ws, char *base) noexcept nogil:
     ws.k_tile = carve(base, &used, 0 if job.k_in_place else Bc * key_ld(job) * unit)
     ws.keep = <uint32_t *> carve(base, &used, panels * Bc * sizeof(uint32_t))
     ws.drop = <uint32_t *> carve(base, &used, Bc * sizeof(uint32_t))
-    ws.row_start = <int32_t *> carve(base, &used, rows * sizeof(int32_t))
-    ws.row_end = <int32_t *> carve(base, &used, rows * sizeof(int32_t))
+    ws.row_start = <int32_t *> carve(base, &used, max(rows, <size_t> FA_MAX_PANEL) * sizeof(int32_t))
+    ws.row_end = <int32_t *> carve(base, &used, max(rows, <size_t> FA_MAX_PANEL) * sizeof(int32_t))
     ws.tile_max = carve(base, &used, job.panel * real)
     ws.slope = carve(base, &used, job.panel * real)
     ws.centre = carve(base, &used, job.panel * real)
@@ -345,8 +344,6 @@ cdef void fill_job(Job *job, problem, bint backward) except *:
                     or job.slopes != NULL or not 1e-30 < job.scale < 1e30)
 
     job.Bc = kr.Bc_backward if backward else kr.Bc
-    if job.attn_mask.dtype != FA_NONE or job.bias.dtype != FA_NONE or job.q_segment_ids.dtype != FA_NONE:
-        job.Bc = min(job.Bc, SEEN_KEYS)
     job.Br = kr.Br_backward if backward else kr.Br
     # dk and dv of a long sequence lie outside the caches, and are added to once a block.
     if backward and kr.real_bytes == 4 and job.Lq >= 1536:
@@ -573,9 +570,14 @@ cdef int tile_mask(const Job *job, Workspace *ws, int p, int64_t k0, int64_t k1,
             return EMPTY
         by_segment = not (ws.low_segment == ws.high_segment == span.low_segment == span.high_segment)
     if job.attn_mask.dtype < FA_BOOL or job.bias.dtype < FA_BOOL:
-        for a in range(added_rows(job, ws, p, j0, <int> (end - j0), adds)):
-            if job.kernels.all_neg_inf(&adds[a]):
-                return EMPTY
+        j = 0
+        n = <int> (end - j0)
+        for a in range(added_rows(job, ws, p, j0, n, adds)):
+            job.kernels.cut_neg_inf(&adds[a], &j, &n)
+        if j >= n:
+            return EMPTY
+        end = j0 + n
+        j0 += j
 
     banded = span.all_from > j0 or span.all_to < end
     if banded or by_segment or job.attn_mask.dtype == FA_BOOL:
@@ -607,8 +609,8 @@ cdef int tile_mask(const Job *job, Workspace *ws, int p, int64_t k0, int64_t k1,
 cdef void keep_keys(const Workspace *ws, int r0, int rows, int64_t j0, int n, bint banded,
                     uint32_t *keep) noexcept nogil:
     cdef int r, j, a, e
+    cdef uint32_t bits = 0 if banded else <uint32_t> ((<uint64_t> 1 << rows) - 1)
     memset(keep, 0, n * sizeof(uint32_t))
-    keep[0] = 0 if banded else <uint32_t> ((<uint64_t> 1 << rows) - 1)
     for r in range(rows if banded else 0):
         a = <int> clamp(ws.key_from[r0 + r] - j0, 0, n)
         e = <int> clamp(ws.key_to[r0 + r] - j0, 0, n)
@@ -616,8 +618,9 @@ cdef void keep_keys(const Workspace *ws, int r0, int rows, int64_t j0, int n, bi
             keep[a] ^= <uint32_t> 1 << r
             if e < n:
                 keep[e] ^= <uint32_t> 1 << r
-    for j in range(1, n):
-        keep[j] ^= keep[j - 1]
+    for j in range(n):
+        bits ^= keep[j]
+        keep[j] = bits
 
 # The least and the largest segment of the keys [k0, k1).
 cdef void look_at_segments(const Job *job, Workspace *ws, int64_t k0, int64_t k1) noexcept nogil:
@@ -647,15 +650,6 @@ cdef void keep_segments(const Job *job, const Workspace *ws, int r0, int rows, i
                 bits |= <uint32_t> (ws.seg[r0 + r] == segment) << r
             last = segment
         keep[j] &= bits
-
-# Which of n keys, in units, the first `rows` rows of a panel see.
-cdef void set_depths(const Job *job, Workspace *ws, const uint32_t *keep, int n, int rows) noexcept nogil:
-    cdef int r, pair = job.kernels.pair
-    job.kernels.seen_keys(ws.row_start, ws.row_end, keep, n, rows)
-    for r in range(rows if pair > 1 else 0):
-        ws.row_start[r] //= pair
-        ws.row_end[r] = ceil_div(ws.row_end[r], pair)
-
 
 # Rows of what is added to the scores of panel p with keys [j0, j0 + n); returns how many arrays.
 cdef int added_rows(const Job *job, const Workspace *ws, int p, int64_t j0, int n, fa_rows *adds) noexcept nogil:

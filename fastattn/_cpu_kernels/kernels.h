@@ -177,12 +177,14 @@ typedef struct {
     // sum[lane] += sum over the keys of t |centre - key|
     void (*add_distances)(void *sum, const void *t, int panel, int keys, const void *centre);
 
-    int (*all_neg_inf)(const fa_rows *x);
+    // Cuts keys [start, end) by the runs of FA_RUN at both ends where all is -inf.
+    void (*cut_neg_inf)(const fa_rows *x, int *start, int *end);
     // Clears the bits of pairs where a tile of scores is -inf / a bool mask is False.
     void (*keep_above_neg_inf)(uint32_t *keep, const void *tile, int panel, int keys);
     void (*keep_true)(uint32_t *keep, const fa_rows *mask);
-    // The keys that each row sees lie within [start, end); (keys, 0) where it sees none.
-    void (*seen_keys)(int32_t *start, int32_t *end, const uint32_t *keep, int keys, int rows);
+    // The keys, in units, that each of FA_MAX_PANEL rows sees lie within [start, end); end is 0 where it
+    // sees none.
+    void (*seen_units)(int32_t *start, int32_t *end, const uint32_t *keep, int keys, int rows);
     // Dropout's decisions for keys [key0, key0 + keys), key0 % 4 == 0.
     void (*dropout)(uint32_t *bits, int panel, int keys, int64_t key0, const uint32_t *row,
                     const uint32_t *head, uint32_t batch, uint64_t seed, uint64_t threshold);

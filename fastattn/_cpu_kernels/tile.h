@@ -273,38 +273,58 @@ static double dot(const char *a, ptrdiff_t a_stride, int a_dtype, const char *b,
 
 // ---- scores are finished ---------------------------------------------------------------------
 
-// V_LANES keys from `key` on of what is added to the scores of V_LANES rows from `lane` on:
-// to[key] holds the rows, zeros past the last one.
-INLINE void load_whole_terms(const int dtype, vr *to, const fa_rows *src, int lane, int key) {
+// `width` <= V_LANES keys from `key` on of what is added to the scores of V_LANES rows from `lane` on:
+// to[key][lane], zeros past the last row.
+INLINE void load_whole_terms(const int dtype, real *to, ptrdiff_t ld, const fa_rows *src, int lane,
+                             int key, int width) {
     const char *const *row = src->row + lane;
     vr block[V_LANES];
-    UNROLL for (int r = 0; r < V_LANES; r++)
-        block[r] = load_vector(row[r] + key * dtype_bytes(dtype), dtype);
+    UNROLL for (int r = 0; r < V_LANES; r++) {
+        const char *at = row[r] + key * dtype_bytes(dtype);
+        block[r] = width == V_LANES ? load_vector(at, dtype) : v_load_part((const real *)at, width);
+    }
     v_transpose(block);
-    UNROLL for (int c = 0; c < V_LANES; c++) to[c] = block[c];
+    UNROLL for (int c = 0; c < V_LANES; c++) {
+        if (c == width) break;
+        v_store(to + c * ld, block[c]);
+    }
 }
-NOINLINE void load_terms(vr *to, const fa_rows *src, int one_row, int lane, int key, int width) {
+NOINLINE void load_terms(real *to, ptrdiff_t ld, const fa_rows *src, int one_row, int lane, int key,
+                         int width) {
     real part[V_LANES] __attribute__((aligned(V_BYTES))) = {0};
+    int whole = lane + V_LANES <= src->rows && src->stride == dtype_bytes(src->dtype);
     if (one_row) {
         load_row(part, src->row[0] + key * src->stride, src->stride, width, src->dtype);
-        UNROLL for (int c = 0; c < V_LANES; c++) to[c] = v_set1(part[c]);
-    } else if (width == V_LANES && lane + V_LANES <= src->rows && src->stride == dtype_bytes(src->dtype)) {
+        for (int c = 0; c < width; c++) v_store(to + c * ld, v_set1(part[c]));
+    } else if (whole && width < V_LANES && src->dtype == NATIVE) {
+        load_whole_terms(NATIVE, to, ld, src, lane, key, width);
+    } else if (whole && width == V_LANES) {
         switch (src->dtype) {
-        case FA_F16: load_whole_terms(FA_F16, to, src, lane, key); break;
-        case FA_BF16: load_whole_terms(FA_BF16, to, src, lane, key); break;
-        case FA_F32: load_whole_terms(FA_F32, to, src, lane, key); break;
-        default: load_whole_terms(FA_F64, to, src, lane, key);
+        case FA_F16: load_whole_terms(FA_F16, to, ld, src, lane, key, V_LANES); break;
+        case FA_BF16: load_whole_terms(FA_BF16, to, ld, src, lane, key, V_LANES); break;
+        case FA_F32: load_whole_terms(FA_F32, to, ld, src, lane, key, V_LANES); break;
+        default: load_whole_terms(FA_F64, to, ld, src, lane, key, V_LANES);
         }
     } else {
+        vr block[V_LANES];
         for (int r = 0; r < V_LANES; r++) {
             if (lane + r < src->rows)
                 load_row(part, src->row[lane + r] + key * src->stride, src->stride, width, src->dtype);
             else
                 memset(part, 0, sizeof part);
-            to[r] = v_load(part);
+            block[r] = v_load(part);
         }
-        v_transpose(to);
+        v_transpose(block);
+        for (int c = 0; c < width; c++) v_store(to + c * ld, block[c]);
     }
+}
+
+// Keys before the first vector of a row that straddles no two lines of the cache. Rows mostly lie a
+// multiple of many lines apart: of a line that is read twice the first half would not stay.
+static int terms_before_line(const fa_rows *x, int lane) {
+    const int bytes = dtype_bytes(x->dtype);
+    if (lane >= x->rows || x->stride != bytes) return 0;
+    return (int)(-(uintptr_t)x->row[lane] % (uintptr_t)(V_LANES * bytes)) / bytes;
 }
 
 static int is_one_row(const fa_rows *x) {
@@ -322,8 +342,7 @@ INLINE vr add_terms(const int terms, vr (*add)[V_LANES], real *s, int panel, int
         x = terms > 0 ? v_fma(x, scale, add[0][c]) : x * scale;
         if (terms > 1) x += add[1][c];
         if (sloped) x = v_fma(slope, v_abs(distance - v_set1((real)c)), x);
-        UNROLL for (int t = 0; t < terms; t++)
-            x = v_select(add[t][c] == v_set1(-INFINITY), v_set1(-INFINITY), x);
+        UNROLL for (int t = 0; t < terms; t++) x = v_below(x, add[t][c]);
         v_store(s + c * panel, x);
         top = v_max(top, x);
     }
@@ -358,12 +377,14 @@ static void adjust(real *s, int panel, int keys, const fa_adjust *how, real *til
             slope = -v_load(slopes + lane);
             centre = v_load((const real *)how->centre + lane);
         }
-        for (int key = 0; key < keys; key += V_LANES) {
+        int first = how->terms > 0 && !one_row[0] ? terms_before_line(&how->add[0], lane) : 0;
+        for (int key = 0, n = 0; key < keys; key += n) {
             vr add[2][V_LANES], distance = centre - v_set1((real)key);
-            int n = keys - key < V_LANES ? keys - key : V_LANES;
+            n = key == 0 && first > 0 ? first : V_LANES;
+            n = keys - key < n ? keys - key : n;
             real *at = s + (ptrdiff_t)key * panel + lane;
             for (int t = 0; t < how->terms; t++)
-                load_terms(add[t], &how->add[t], one_row[t], lane, key, n);
+                load_terms((real *)add[t], V_LANES, &how->add[t], one_row[t], lane, key, n);
 #define ADD_TERMS(terms) add_terms(terms, add, at, panel, n, scale, sloped, slope, distance, top)
             top = how->terms == 0 ? ADD_TERMS(0) : how->terms == 1 ? ADD_TERMS(1) : ADD_TERMS(2);
         }
@@ -442,12 +463,33 @@ INLINE void fetch_terms(const fa_adjust *how, int key, int end, int keys) {
 #ifdef FA_AMX
 #include "amx.h"
 #else
+// Whether all there is to do is to scale the scores and to add one term.
+INLINE int is_plain_sum(const fa_adjust *how) {
+    return how->terms == 1 && how->softcap == 0 && !how->slope;
+}
+
+// Puts the term of V_LANES keys at most, from `key` on, where their scores will be; returns of how many.
+// What is fetched further ahead than that many bytes is pushed out again: rows lie a power of two apart.
+#define TERMS_AHEAD 128
+static int put_terms(real *s, int panel, int key, int keys, const fa_rows *src, int one_row) {
+    int first = one_row ? 0 : terms_before_line(src, 0);
+    int n = key == 0 && first > 0 ? first : V_LANES;
+    n = keys - key < n ? keys - key : n;
+    for (int r = 0; r < src->rows && !one_row; r++)
+        __builtin_prefetch(src->row[r] + key * src->stride + TERMS_AHEAD, 0, 2);
+    for (int lane = 0; lane < panel; lane += V_LANES)
+        load_terms(s + (ptrdiff_t)key * panel + lane, panel, src, one_row, lane, key, n);
+    return n;
+}
+
 // A chain of the scores of one panel.
 typedef struct {
     real *s;
     const unit *k, *q;
     ptrdiff_t ldk;
-    int panel, depth, add;
+    int panel, depth;
+    int add;               // s holds what the chain is added to
+    const fa_adjust *how;  // s holds the one term of it, or NULL
     const uint32_t *keep;  // of the last chain, or NULL
     vr *top;
 } scores_chain;
@@ -459,6 +501,13 @@ INLINE void scores_tile(const int MR, const int NR, const scores_chain *x, int r
     vr c[MR * NR], *top = x->top + lane / V_LANES;
     product(MR, NR, 0, c, x->k + row * x->ldk, x->ldk, 1, x->q + lane, panel, x->depth);
     if (x->add) EACH c[i * NR + j] += v_load(s + i * panel + j * V_LANES);
+    if (x->how) {
+        const vr scale = v_set1((real)x->how->scale);
+        EACH {
+            vr term = v_load(s + i * panel + j * V_LANES);
+            c[i * NR + j] = v_below(v_fma(c[i * NR + j], scale, term), term);
+        }
+    }
     if (x->keep)
         EACH c[i * NR + j] = v_choose(x->keep[row + i] >> (lane + j * V_LANES), c[i * NR + j],
                                       v_set1(-INFINITY));
@@ -507,7 +556,11 @@ static void scores(void *s, int panel, const void *k, ptrdiff_t ldk, const void 
     const uint32_t one = (uint32_t)((1ull << V_LANES) - 1), whole = wide ? one << V_LANES | one : one;
     vr top[2];
     scores_chain x = {.s = s, .k = k, .q = q, .ldk = ldk, .panel = panel, .top = top};
-    int d = 0;
+    int d = 0, terms = 0, one_row = 0;
+    if (how && depth <= CHAIN && is_plain_sum(how)) {
+        x.how = how;
+        one_row = is_one_row(&how->add[0]);
+    }
     do {
         x.depth = depth - d < CHAIN ? depth - d : CHAIN;
         x.add = d > 0;
@@ -521,23 +574,27 @@ static void scores(void *s, int panel, const void *k, ptrdiff_t ldk, const void 
                 all &= keep[i];
             }
             const int seen[2] = {(some & one) != 0, some > one};
-            if (how && d == 0) fetch_terms(how, row, row + rows, keys);
+            if (how && !x.how && d == 0) fetch_terms(how, row, row + rows, keys);
+            while (x.how && terms < row + rows)
+                terms += put_terms(s, panel, terms, keys, &x.how->add[0], one_row);
             x.keep = all == whole || d + x.depth < depth ? NULL : keep;
             if (seen[0] && seen[wide]) {
                 table[t].run[wide](&x, row, 0);
                 continue;
             }
-            for (int i = 0; d == 0 && i < rows * panel; i += V_LANES)
-                v_store(x.s + (ptrdiff_t)row * panel + i, v_set1(-INFINITY));
             for (int j = 0; j <= wide; j++)
-                if (seen[j]) table[t].run[0](&x, row, j * V_LANES);
+                if (seen[j])
+                    table[t].run[0](&x, row, j * V_LANES);
+                else
+                    for (int i = row; i < row + rows; i++)
+                        v_store(x.s + (ptrdiff_t)i * panel + j * V_LANES, v_set1(-INFINITY));
         }
         x.k += x.depth;
         x.q += (ptrdiff_t)x.depth * panel;
         d += x.depth;
     } while (d < depth);
     for (int j = 0; j <= wide; j++) v_store((real *)tile_max + j * V_LANES, top[j]);
-    if (how) finish_scores(s, panel, keys, keep, how, tile_max);
+    if (how && !x.how) finish_scores(s, panel, keys, keep, how, tile_max);
 }
 #endif
 
@@ -1031,26 +1088,33 @@ static void keep_above_neg_inf(uint32_t *keep, const void *tile_, int panel, int
             keep[key] &= ~(v_bits(v_load(tile + (ptrdiff_t)key * panel + lane) == v_set1(-INFINITY)) << lane);
 }
 
-static int all_neg_inf(const fa_rows *x) {
+static int all_neg_inf(const fa_rows *x, int start, int end) {
     int one_row = is_one_row(x);
     for (int r = 0; r < (one_row ? 1 : x->rows); r++)
-        for (int col = 0; col < x->cols; col += V_LANES) {
+        for (int col = start; col < end; col += V_LANES) {
             real part[V_LANES] __attribute__((aligned(V_BYTES)));
-            int n = x->cols - col < V_LANES ? x->cols - col : V_LANES;
+            int n = end - col < V_LANES ? end - col : V_LANES;
             for (int i = n; i < V_LANES; i++) part[i] = -INFINITY;
             load_row(part, x->row[r] + col * x->stride, x->stride, n, x->dtype);
             if (v_bits(v_load(part) != v_set1(-INFINITY))) return 0;
         }
     return 1;
 }
+static void cut_neg_inf(const fa_rows *x, int *start_, int *end_) {
+    int start = *start_, end = *end_, last;
+    while (start < end && all_neg_inf(x, start, start + FA_RUN < end ? start + FA_RUN : end)) start += FA_RUN;
+    while (start < end && all_neg_inf(x, last = (end - 1) / FA_RUN * FA_RUN, end)) end = last;
+    *start_ = start;
+    *end_ = end;
+}
 
-// Bit j: whether byte j of n <= 32 is not 0.
-INLINE uint32_t true_bits(const char *m, ptrdiff_t stride, int n) {
-    uint32_t bits = 0;
+// Bit j: whether byte j of n <= 64 is not 0.
+INLINE uint64_t true_bits(const char *m, ptrdiff_t stride, int n) {
+    uint64_t bits = 0;
 #ifdef __AVX512BW__
     if (stride == 1) {
-        __m256i x = _mm256_maskz_loadu_epi8(n < 32 ? (1u << n) - 1 : ~0u, m);
-        return _mm256_test_epi8_mask(x, x);
+        __m512i x = _mm512_maskz_loadu_epi8(~0ull >> (64 - n), m);
+        return _mm512_test_epi8_mask(x, x);
     }
 #endif
     int j = 0;
@@ -1061,9 +1125,9 @@ INLINE uint32_t true_bits(const char *m, ptrdiff_t stride, int n) {
             x |= x >> 4 & 0x0f0f0f0f0f0f0f0fu;  // each byte to its lowest bit
             x |= x >> 2 & 0x0303030303030303u;
             x |= x >> 1;
-            bits |= (uint32_t)((x & 0x0101010101010101u) * 0x0102040810204080u >> 56) << j;
+            bits |= ((x & 0x0101010101010101u) * 0x0102040810204080u >> 56) << j;
         }
-    for (; j < n; j++) bits |= (uint32_t)(m[j * stride] != 0) << j;
+    for (; j < n; j++) bits |= (uint64_t)(m[j * stride] != 0) << j;
     return bits;
 }
 
@@ -1084,36 +1148,48 @@ static void transpose_bits(uint32_t *x) {
 
 static void keep_true(uint32_t *keep, const fa_rows *mask) {
     int shared = is_one_row(mask);  // a mask of keys alone
-    for (int j = 0; j < mask->cols; j += 32) {
-        uint32_t x[32] = {0};
-        int n = mask->cols - j < 32 ? mask->cols - j : 32;
+    for (int j = 0; j < mask->cols; j += 64) {  // a line of the cache
+        uint32_t x[2][32] = {0};
+        int n = mask->cols - j < 64 ? mask->cols - j : 64;
         if (shared) {
-            uint32_t bits = true_bits(mask->row[0] + j * mask->stride, mask->stride, n);
-            for (int i = 0; i < n; i++) keep[j + i] &= -(bits >> i & 1);
-        } else {
-            for (int r = 0; r < mask->rows; r++) {
-                const char *at = mask->row[r] + j * mask->stride;
-                x[r] = true_bits(at, mask->stride, n);
-                __builtin_prefetch(at + mask->cols * mask->stride);  // the next tile
-            }
-            transpose_bits(x);
-            for (int i = 0; i < n; i++) keep[j + i] &= x[i];
+            uint64_t bits = true_bits(mask->row[0] + j * mask->stride, mask->stride, n);
+            for (int i = 0; i < n; i++) keep[j + i] &= -(uint32_t)(bits >> i & 1);
+            continue;
+        }
+        for (int r = 0; r < mask->rows; r++) {
+            const char *at = mask->row[r] + j * mask->stride;
+            uint64_t bits = true_bits(at, mask->stride, n);
+            x[0][r] = (uint32_t)bits;
+            x[1][r] = (uint32_t)(bits >> 32);
+            __builtin_prefetch(at + mask->cols * mask->stride);  // the next tile
+        }
+        for (int half = 0; 32 * half < n; half++) {
+            transpose_bits(x[half]);
+            for (int i = 32 * half; i < n && i < 32 * half + 32; i++) keep[j + i] &= x[half][i % 32];
         }
     }
 }
 
-static void seen_keys(int32_t *start, int32_t *end, const uint32_t *keep, int keys, int rows) {
+static void seen_units(int32_t *start, int32_t *end, const uint32_t *keep, int keys, int rows) {
     const uint32_t all = (uint32_t)((1ull << rows) - 1);
-    for (int r = 0; r < rows; r++) {
+    uint32_t seen = 0;
+    for (int r = 0; r < FA_MAX_PANEL; r++) {
         start[r] = keys;
         end[r] = 0;
     }
-    uint32_t seen = 0;
-    for (int j = 0; j < keys && seen != all; seen |= keep[j++])
-        for (uint32_t bits = keep[j] & ~seen; bits; bits &= bits - 1) start[__builtin_ctz(bits)] = j;
+    for (int j = 0; j < keys && seen != all; j++) {
+        uint32_t fresh = keep[j] & ~seen;
+        if (!fresh) continue;
+        for (int r = 0; r < FA_MAX_PANEL; r++) start[r] = fresh >> r & 1 ? j / PAIR : start[r];
+        seen |= fresh;
+    }
     seen = 0;
-    for (int j = keys; j > 0 && seen != all; seen |= keep[--j])
-        for (uint32_t bits = keep[j - 1] & ~seen; bits; bits &= bits - 1) end[__builtin_ctz(bits)] = j;
+    for (int j = keys - 1; j >= 0 && seen != all; j--) {
+        uint32_t fresh = keep[j] & ~seen;
+        if (!fresh) continue;
+        for (int r = 0; r < FA_MAX_PANEL; r++) end[r] = fresh >> r & 1 ? j / PAIR + 1 : end[r];
+        seen |= fresh;
+    }
 }
 
 // Philox4x32-7 (Salmon et al., SC 2011), one counter a lane: (key // 4, row, head, batch).
@@ -1234,9 +1310,9 @@ const fa_kernels FA_SET = {
     .add_tile = add_tile,
     .add_distances = add_distances,
     .keep_above_neg_inf = keep_above_neg_inf,
-    .all_neg_inf = all_neg_inf,
+    .cut_neg_inf = cut_neg_inf,
     .keep_true = keep_true,
-    .seen_keys = seen_keys,
+    .seen_units = seen_units,
     .dropout = dropout,
     .peak = peak,
 };

@@ -157,6 +157,17 @@ INLINE vr v_choose(uint32_t bits, vr yes, vr no) {
     return v_select(v_mask(bits), yes, no);
 #endif
 }
+// x, and -inf where y is.
+INLINE vr v_below(vr x, vr y) {
+    const vr low = v_set1(-INFINITY);
+#if defined(__AVX512F__) && defined(FA_DOUBLE)
+    return (vr)_mm512_mask_mov_pd((__m512d)x, _mm512_cmp_pd_mask((__m512d)y, (__m512d)low, 0), (__m512d)low);
+#elif defined(__AVX512F__)
+    return (vr)_mm512_mask_mov_ps((__m512)x, _mm512_cmp_ps_mask((__m512)y, (__m512)low, 0), (__m512)low);
+#else
+    return v_select(y == low, low, x);
+#endif
+}
 
 // Transposes a V_LANES x V_LANES block held in registers: log2(V_LANES) perfect shuffles of
 // the rows each turn the index (row, lane) by one bit, and all of them swap its halves.
