@@ -609,9 +609,14 @@ cdef int tile_mask(const Job *job, Workspace *ws, int p, int64_t k0, int64_t k1,
 cdef void keep_keys(const Workspace *ws, int r0, int rows, int64_t j0, int n, bint banded,
                     uint32_t *keep) noexcept nogil:
     cdef int r, j, a, e
-    cdef uint32_t bits = 0 if banded else <uint32_t> ((<uint64_t> 1 << rows) - 1)
+    cdef uint32_t bits = 0
+    if not banded:
+        bits = <uint32_t> ((<uint64_t> 1 << rows) - 1)
+        for j in range(n):
+            keep[j] = bits
+        return
     memset(keep, 0, n * sizeof(uint32_t))
-    for r in range(rows if banded else 0):
+    for r in range(rows):
         a = <int> clamp(ws.key_from[r0 + r] - j0, 0, n)
         e = <int> clamp(ws.key_to[r0 + r] - j0, 0, n)
         if a < e:

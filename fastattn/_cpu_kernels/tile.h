@@ -1151,12 +1151,7 @@ static void keep_true(uint32_t *keep, const fa_rows *mask) {
     for (int j = 0; j < mask->cols; j += 64) {  // a line of the cache
         uint32_t x[2][32] = {0};
         int n = mask->cols - j < 64 ? mask->cols - j : 64;
-        if (shared) {
-            uint64_t bits = true_bits(mask->row[0] + j * mask->stride, mask->stride, n);
-            for (int i = 0; i < n; i++) keep[j + i] &= -(uint32_t)(bits >> i & 1);
-            continue;
-        }
-        for (int r = 0; r < mask->rows; r++) {
+        for (int r = 0; r < (shared ? 1 : mask->rows); r++) {
             const char *at = mask->row[r] + j * mask->stride;
             uint64_t bits = true_bits(at, mask->stride, n);
             x[0][r] = (uint32_t)bits;
@@ -1164,7 +1159,11 @@ static void keep_true(uint32_t *keep, const fa_rows *mask) {
             __builtin_prefetch(at + mask->cols * mask->stride);  // the next tile
         }
         for (int half = 0; 32 * half < n; half++) {
-            transpose_bits(x[half]);
+            const uint32_t bits = x[half][0];
+            if (shared)
+                for (int i = 0; i < 32; i++) x[half][i] = -(bits >> i & 1);
+            else
+                transpose_bits(x[half]);
             for (int i = 32 * half; i < n && i < 32 * half + 32; i++) keep[j + i] &= x[half][i % 32];
         }
     }
