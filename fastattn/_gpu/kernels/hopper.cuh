@@ -28,6 +28,9 @@ constexpr int tile_bytes(int rows, int columns) {
   return panels_of(columns) * kHalves * rows * 128;
 }
 
+// The number of a thread's warp in its block, of which the compiler sees that all lanes have it.
+DEVICE int warp_number() { return __shfl_sync(~0u, threadIdx.x >> 5, 0); }
+
 DEVICE u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
 
 // Where columns 8 c .. 8 c + 7 of row r are in a tile of kRows rows.
@@ -93,6 +96,16 @@ DEVICE void load_map(u32 tile, const TensorMap& map, u32 barrier, int row, int h
     load_box(tile + n * kRows * 128, map, barrier, n * kPanel / kHalves, row, head, batch);
 }
 
+// Such a tile on its way to the cache that all multiprocessors share.
+template <int kRows, int kColumns>
+DEVICE void prefetch_map(const TensorMap& map, int row, int head, int batch) {
+#pragma unroll
+  for (int n = 0; n < panels_of(kColumns) * kHalves; n++)
+    asm volatile(
+        "cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];"
+        :: "l"(&map), "r"(n * kPanel / kHalves), "r"(row), "r"(head), "r"(batch) : "memory");
+}
+
 // Bytes that lie side by side in memory and in shared memory, a multiple of 16.
 DEVICE void load_bytes(u32 to, const void* from, int bytes, u32 barrier) {
   barrier_expect(barrier, bytes);
@@ -146,6 +159,25 @@ DEVICE void load_tile_carefully(char* tile, const Array& array, const char* row,
 DEVICE void store_blocks(u32 row, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
                :: "r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// From there to memory: 16 rows of a tile from r0 on, N chunks of each from chunk0 on, as far as
+// they exist; `to` is where row r0 goes.
+template <int kRows, int N>
+DEVICE void write_chunks(const char* tile, int r0, int chunk0, char* to, i64 row, int rows,
+                         int width) {
+  const int lane = threadIdx.x & 31;
+  uint4 chunks[N / 2];
+#pragma unroll
+  for (int k = 0; k < N / 2; k++) {
+    const int x = lane + 32 * k;
+    chunks[k] = *(const uint4*)(tile + chunk_at<kRows>(0, r0 + x / N, chunk0 + x % N));
+  }
+#pragma unroll
+  for (int k = 0; k < N / 2; k++) {
+    const int x = lane + 32 * k, r = x / N, c = chunk0 + x % N;
+    if (r < rows && c * 8 < width) *(uint4*)(to + r * row + c * 16) = chunks[k];
+  }
 }
 
 // ---------------------------------------------------------------- products
@@ -209,4 +241,41 @@ DEVICE void to_factor(u32 (&p)[K][4], const float (&c)[N][4]) {
     for (int x = 0; x < 4; x++)
       p[k][x] = pack(Tile(), c[2 * k + (x >> 1)][2 * (x & 1)],
                      c[2 * k + (x >> 1)][2 * (x & 1) + 1]);
+}
+
+// ---------------------------------------------------------------- results
+
+// A thread's columns of a row as bits, two of each eight: those before column `end` (less 2 t).
+template <int N>
+DEVICE u32 first_bits(int end) {
+  static_assert(2 * N <= 32, "");
+  const int count = (end >> 3) * 2 + min_of(end & 7, 2);
+  return count >= 32 ? ~0u : (1u << max_of(count, 0)) - 1;
+}
+// Scores outside of the limits of their row, g or g + 8, become -inf.
+template <int N, class LimitsOf>
+DEVICE void exclude_outside(float (&s)[N][4], LimitsOf limits) {
+  const int t = threadIdx.x & 3;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const Limits seen = limits(half);
+    const u32 bits = first_bits<N>(seen.end - 2 * t) & ~first_bits<N>(seen.begin - 2 * t);
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 2; e++)
+        if (!(bits >> (2 * n + e) & 1)) s[n][2 * half + e] = -infinity(float());
+  }
+}
+
+// The largest of sizes, or NaN if one is: not finite if one is not.
+template <int N>
+DEVICE float largest_of(const float (&c)[N][4]) {
+  float most = 0;
+#pragma unroll
+  for (int n = 0; n < N; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      asm("max.NaN.f32 %0, %0, %1;" : "+f"(most) : "f"(abs_of(c[n][e])));
+  return most;
 }

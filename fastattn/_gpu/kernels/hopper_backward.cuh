@@ -37,13 +37,7 @@ DEVICE void write_tile(const char* tile, const Array& array, char* to, int rows,
                        int chunk0, int mode) {
   const int lane = threadIdx.x & 31;
   if (array.access == kVectors && mode != kTaint) {
-#pragma unroll 4
-    for (int x = lane; x < 16 * N; x += 32) {
-      const int r = x / N, c = chunk0 + x % N;
-      if (r < rows && c * 8 < width)
-        *(uint4*)(to + r * array.row + c * 16) =
-            *(const uint4*)(tile + chunk_at<kRows>(0, r0 + r, c));
-    }
+    write_chunks<kRows, N>(tile, r0, chunk0, to, array.row, rows, width);
   } else {
 #pragma unroll 1
     for (int x = lane; x < 16 * N * 8; x += 32) {
@@ -56,15 +50,6 @@ DEVICE void write_tile(const char* tile, const Array& array, char* to, int rows,
   }
 }
 
-template <int N>
-DEVICE bool any_odd(const float (&c)[N][4]) {
-  bool odd = false;
-#pragma unroll
-  for (int n = 0; n < N; n++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) odd = odd || !finite(c[n][e]);
-  return odd;
-}
 template <int N>
 DEVICE void clear(float (&c)[N][4]) {
 #pragma unroll

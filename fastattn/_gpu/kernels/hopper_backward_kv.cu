@@ -44,7 +44,7 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
   }
 
   registers_up<kComputers>();
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = warp >> 2;
+  const int warp = warp_number(), lane = threadIdx.x & 31, group = warp >> 2;
   const Part part(group);
   const u64 of_k = along_rows(sK + part.key * 128), of_v = along_rows(sV + part.key * 128);
   const u64 of_q = along_rows(sQ + part.row * 128), of_o = along_rows(sO + part.row * 128);

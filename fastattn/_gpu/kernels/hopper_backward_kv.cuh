@@ -72,7 +72,7 @@ struct Part {
 // -inf where a bound excludes a pair: thread key j and the rows from i on.
 DEVICE void exclude(const Params& p, int b, float (&s)[1][kN][4], int j, int i) {
   const Entry entry = entry_of(p, hidden(b));
-  keep_within(s, [&](int, int half) { return rows_of_key(entry, hidden(j) + 8 * half, i); });
+  exclude_outside(s[0], [&](int half) { return rows_of_key(entry, hidden(j) + 8 * half, i); });
 }
 
 // Numbers of the two rows that a thread's columns 2 n and 2 n + 1 stand for; `rows` are its part's.
@@ -121,12 +121,12 @@ struct Results {
       wgmma<false, true>(sum, factor + row_step<kBc>(k), rows + column_step(k), 1);
     products_commit();
   }
-  DEVICE bool odd() const { return any_odd(dk) || any_odd(dv); }
+  DEVICE bool odd() const { return !finite(largest_of(dk)) || !finite(largest_of(dv)); }
 
   // A warp's part to memory, through that of the tiles of K and V.
   DEVICE void write(const Params& p, const Work& work, const Part& part, char* tile_k, char* tile_v,
                     int mode) const {
-    const int r0 = part.key + (threadIdx.x >> 5) % 4 * 16, key = work.key0 + r0,
+    const int r0 = part.key + warp_number() % 4 * 16, key = work.key0 + r0,
               rows = (int)p.Lk - key;
     const int chunk0 = part.panel * 8;
     if (p.dk.data) {
@@ -147,7 +147,7 @@ struct Results {
 
 // P^T or dS^T of a warp's 16 keys to the tile that the warpgroups share.
 DEVICE void store_shared(u32 tile, const u32 (&factor)[kN / 2][4], const Part& part) {
-  const int lane = threadIdx.x & 31, r = part.key + (threadIdx.x >> 5) % 4 * 16 + (lane & 15);
+  const int lane = threadIdx.x & 31, r = part.key + warp_number() % 4 * 16 + (lane & 15);
 #pragma unroll
   for (int k = 0; k < kN / 2; k++)
     store_blocks(chunk_at<kBc>(tile, r, part.row / 8 + 2 * k + (lane >> 4)), factor[k][0],

@@ -70,7 +70,7 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
   }
 
   registers_up<kComputers>();
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = warp >> 2;
+  const int warp = warp_number(), lane = threadIdx.x & 31, group = warp >> 2;
   const u64 of_q = along_rows(sQ + group * 64 * 128), of_o = along_rows(sO + group * 64 * 128);
   const u64 of_k = along_rows(sK), of_v = along_rows(sV), turned_k = along_columns<kBc>(sK);
   const float log2_unit = (float)(p.scale * kLog2e);

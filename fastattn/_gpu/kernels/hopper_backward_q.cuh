@@ -35,7 +35,7 @@ DEVICE Work work_of(const Params& p, i64 index) {
 // -inf where a bound excludes a pair: thread row i and the keys from j on.
 DEVICE void exclude(const Params& p, int b, float (&s)[1][kN][4], int i, int j) {
   const Entry entry = entry_of(p, hidden(b));
-  keep_within(s, [&](int, int half) { return keys_of_row(entry, hidden(i) + 8 * half, j); });
+  exclude_outside(s[0], [&](int half) { return keys_of_row(entry, hidden(i) + 8 * half, j); });
 }
 
 // A thread's two rows.
@@ -67,13 +67,13 @@ DEVICE bool finish(float (&dq)[kO][4], const Rows& rows) {
 #pragma unroll
       for (int n = 0; n < kO; n++) dq[n][2 * half] = dq[n][2 * half + 1] = 0;
     }
-  return any_odd(dq);
+  return !finite(largest_of(dq));
 }
 
 // A warp's rows to memory, through its own rows of Q's tile.
 DEVICE void write_rows(const Params& p, const Work& work, const float (&dq)[kO][4], char* tile,
                        int mode) {
-  const int r0 = (threadIdx.x >> 5) % (4 * kGroups) * 16;
+  const int r0 = warp_number() % (4 * kGroups) * 16;
   if (!p.dq.data) return;
   round_to_tile<kBr>(shared_address(tile), dq, mode == kTaint ? 1 : (float)p.scale, r0, 0);
   __syncwarp();

@@ -49,7 +49,8 @@ hopper_careful(const __grid_constant__ Params p) {
     if (flags && !flagged((int)index)) continue;
     const Turn turn = turn_of(index, p.tiles, p.Hq * p.batch);
     const int b = (int)(turn.head / p.Hq), h = (int)(turn.head % p.Hq), kv_head = h / (int)p.group;
-    const Work work = work_of(p, b, (int)p.tiles - 1 - turn.tile);
+    const int tile = (int)p.tiles - 1 - turn.tile;
+    const Work work = work_of_tile(p, b, tile), own = work_of_group(p, b, tile, warp >> 2);
     const int i = work.row0 + warp * 16 + (lane >> 2), kv_len = entry_of(p, b).kv_len;
     __syncthreads();
     load_factor<kOfQ, kBr, kD>(sQ, weights_q, p.q, p.q.at(b, h) + work.row0 * p.q.row,
@@ -69,28 +70,32 @@ hopper_careful(const __grid_constant__ Params p) {
                                     kv_len - j, (int)p.Dv, mode);
         writes_to_async();
         __syncthreads();
-        Scores scores;
-        Factor factor;
-        float scale[2];
-        scores.start(of_q, of_k);
-        products_wait<0>();
-        scores.finish();
-        if constexpr (kHalves == 2) {
-          weigh_scores(scores.s[0], weights_q + warp * 16 + (lane >> 2), weights_k, log2_unit);
-          const int j0 = j + 2 * (lane & 3);
-          const char* const of_row0 = p.q.at(b, h);
-          const char* const of_key0 = p.k.at(b, kv_head);
-          if (mode != kUsual)
-            repair(scores.s, p.q, p.k, p.D,
-                   [&](int, int n, int e) { return Place{i + (e >> 1) * 8, j0 + n * 8 + (e & 1)}; },
-                   [&](Place at) { return at.r < p.Lq ? of_row0 + at.r * p.q.row : nullptr; },
-                   [&](Place at) { return at.c < kv_len ? of_key0 + at.c * p.k.row : nullptr; });
+        if (own.has(n)) {
+          Scores scores;
+          Factor factor;
+          float scale[2];
+          scores.start(of_q, of_k);
+          products_wait<0>();
+          scores.finish();
+          if constexpr (kHalves == 2) {
+            weigh_scores(scores.s[0], weights_q + warp * 16 + (lane >> 2), weights_k, log2_unit);
+            const int j0 = j + 2 * (lane & 3);
+            const char* const of_row0 = p.q.at(b, h);
+            const char* const of_key0 = p.k.at(b, kv_head);
+            auto place = [&](int, int n, int e) {
+              return Place{i + (e >> 1) * 8, j0 + n * 8 + (e & 1)};
+            };
+            if (mode != kUsual)
+              repair(scores.s, p.q, p.k, p.D, place,
+                     [&](Place at) { return at.r < p.Lq ? of_row0 + at.r * p.q.row : nullptr; },
+                     [&](Place at) { return at.c < kv_len ? of_key0 + at.c * p.k.row : nullptr; });
+          }
+          if (mode != kUsual || own.cut(n)) scores.exclude(p, b, i, j);
+          rows.add(scores, scale, log2_unit, mode);
+          results.factor_of(factor, scores, weights_v);
+          results.rescale(scale);
+          results.add(factor, of_v);
         }
-        if (mode != kUsual || work.cut(n)) scores.exclude(p, b, i, j);
-        rows.add(scores, scale, log2_unit, mode);
-        results.factor_of(factor, scores, weights_v);
-        results.rescale(scale);
-        results.add(factor, of_v);
         __syncthreads();
       }
       const bool odd = __syncthreads_or(results.finish(p, rows, b, h, i, mode));

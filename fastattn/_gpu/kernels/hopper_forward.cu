@@ -112,8 +112,8 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
         __syncwarp();
         if ((threadIdx.x & 31) == 0) barrier_arrive(order_free + 8 * slot);
         if (order.b < 0) return;
-        const Work work = work_of(p, order.b, order.tile);
-        if (work.from >= work.to) continue;
+        const Work work = work_of_tile(p, order.b, order.tile);
+        if (work.empty()) continue;
         split_k();
         barrier_wait(q_there, tiles & 1);
         split_tile<kOfQ, kBr, kD>(shared, weights_q, warp, kSplitters);
@@ -143,7 +143,7 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
       orders[slot] = order;
       barrier_arrive(order_full + 8 * slot);
       if (order.b < 0) break;
-      const Work work = work_of(p, order.b, order.tile);
+      const Work work = work_of_tile(p, order.b, order.tile);
       const int kv_head = order.h / (int)p.group;
       auto load_k = [&](int n) {
         const int stage = keys % kStages;
@@ -159,7 +159,8 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
                            order.b);
         values++;
       };
-      if (work.from < work.to) {
+      if (!work.empty()) {
+        prefetch_map<kBr, kD>(map_q, work.row0, order.h, order.b);  // its place is in use for long
         load_k(work.to - 1);
         barrier_wait(q_free, (tiles & 1) ^ 1);
         load_map<kBr, kD>(sQ, map_q, q_there, work.row0, order.h, order.b);
@@ -177,7 +178,9 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
   }
 
   registers_up<kComputers>();
-  const int warp = (threadIdx.x >> 5) - 4, lane = threadIdx.x & 31, group = warp >> 2;
+  // In float32 what the compiler keeps for one number of all lanes would not fit into registers.
+  const int warp = (kHalves == 2 ? threadIdx.x >> 5 : warp_number()) - 4, group = warp >> 2;
+  const int lane = threadIdx.x & 31;
   const u64 of_q = along_rows(sQ + group * 64 * 128), of_k = along_rows(sK),
             of_v = along_columns<kBc>(sV);
   const float log2_unit = (float)(p.scale * kLog2e);
@@ -189,24 +192,41 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
     __syncwarp();
     if (lane == 0) barrier_arrive(order_free + 8 * slot);
     if (order.b < 0) return;
-    const Work work = work_of(p, order.b, order.tile);
+    const Work work = work_of_tile(p, order.b, order.tile);
+    const Work own = work_of_group(p, order.b, order.tile, warp_number() / 4 - 1);
     const int i = work.row0 + warp * 16 + (lane >> 2);
 
     Results results;
     Rows rows;
     results.clear();
     rows.clear();
-    if (work.from < work.to) {
+    auto wait_k = [&](int block) {
+      barrier_wait(k_full + 8 * (block % kStages), block / kStages & 1);
+    };
+    auto wait_v = [&](int stage, int block) {
+      barrier_wait(v_full + 8 * stage, block / kStages & 1);
+    };
+    // Blocks that these rows do not see.
+    auto pass = [&](int count) {
+#pragma unroll 1
+      for (; count > 0; count--, blocks++) {
+        const int stage = blocks % kStages;
+        wait_k(blocks);
+        if (lane == 0) barrier_arrive(k_free + 8 * stage);
+        wait_v(stage, blocks);
+        if (lane == 0) barrier_arrive(v_free + 8 * stage);
+      }
+    };
+    if (!work.empty()) barrier_wait(q_full, tiles & 1);
+    if (own.empty()) {
+      pass(work.to - work.from);
+      if (kApart && !work.empty() && lane == 0) barrier_arrive(q_free);
+    } else {
+      pass(work.to - own.to);
       Scores scores;
       Factor factor;
       float scale[2];
-      int n = work.to - 1, stage = blocks % kStages;
-      auto wait_k = [&](int block) {
-        barrier_wait(k_full + 8 * (block % kStages), block / kStages & 1);
-      };
-      auto wait_v = [&](int stage, int block) {
-        barrier_wait(v_full + 8 * stage, block / kStages & 1);
-      };
+      int n = own.to - 1, stage = blocks % kStages;
       // S is there: what is left of it, and its buffer is free.
       auto finish_s = [&](int stage) {
         scores.finish();
@@ -217,18 +237,17 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
         }
         if (lane == 0) barrier_arrive(k_free + 8 * stage);
       };
-      barrier_wait(q_full, tiles & 1);
       wait_k(blocks);
       scores.start(of_q, of_k + (stage * kBytesK >> 4));
       products_wait<0>();
       finish_s(stage);
-      if (work.cut(n)) scores.exclude(p, order.b, i, n * kBc);
+      if (own.cut(n)) scores.exclude(p, order.b, i, n * kBc);
       rows.add(scores, scale, log2_unit);
       if (kHalves == 2) wait_v(stage, blocks);
       results.factor_of(factor, scores, weights_v + stage * kBc);
-      if (n > work.from) wait_k(blocks + 1);
+      if (n > own.from) wait_k(blocks + 1);
 #pragma unroll 1
-      while (--n >= work.from) {
+      while (--n >= own.from) {
         const int next = (blocks + 1) % kStages;
         if constexpr (kShares == 2) results.start<0>(factor, of_v + (stage * kBytesV >> 4));
         scores.start(of_q, of_k + (next * kBytesK >> 4));
@@ -240,11 +259,11 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
         results.start<kShares - 1>(factor, of_v + (stage * kBytesV >> 4));
         products_wait<1>();
         finish_s(next);
-        if (work.cut(n)) scores.exclude(p, order.b, i, n * kBc);
+        if (own.cut(n)) scores.exclude(p, order.b, i, n * kBc);
         rows.add(scores, scale, log2_unit);
         // Here, since the compiler moves a wait for products up to the branch before it, and the
         // softmax is to come before that.
-        if (n > work.from) wait_k(blocks + 2);
+        if (n > own.from) wait_k(blocks + 2);
         products_wait<0>();
         results.end<kShares - 1>();
         if (lane == 0) barrier_arrive(v_free + 8 * stage);
@@ -260,6 +279,7 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
       if (kHalves == 2) __syncwarp();  // weights are read
       if (lane == 0) barrier_arrive(v_free + 8 * stage);
       blocks++;
+      pass(own.from - work.from);
     }
 
     const bool odd = __any_sync(~0u, results.finish(p, rows, order.b, order.h, i, kUsual));
@@ -284,18 +304,13 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
                      pack(Tile(), results.o[n + 1][0], results.o[n + 1][1]),
                      pack(Tile(), results.o[n + 1][2], results.o[n + 1][3]));
       __syncwarp();
-      char* const to = p.out.at(order.b, order.h);
-#pragma unroll 4
-      for (int x = lane; x < 16 * kO; x += 32) {
-        const int r = r0 + x / kO, c = x % kO;
-        if (work.row0 + r < p.Lq && c * 8 < p.Dv)
-          *(uint4*)(to + (work.row0 + r) * p.out.row + c * 16) =
-              *(const uint4*)(shared + chunk_at<kBr>(kAtO, r, c));
-      }
+      const int i0 = work.row0 + r0;
+      write_chunks<kBr, kO>(shared + kAtO, r0, 0, p.out.at(order.b, order.h) + i0 * p.out.row,
+                            p.out.row, (int)p.Lq - i0, (int)p.Dv);
     }
     if (!kApart) writes_to_async();
     __syncwarp();
-    if (!kApart && work.from < work.to && lane == 0) barrier_arrive(q_free);
-    if (work.from < work.to) tiles++;
+    if (!kApart && !work.empty() && lane == 0) barrier_arrive(q_free);
+    if (!work.empty()) tiles++;
   }
 }

@@ -17,20 +17,22 @@ constexpr int kMostSteps = 8 / kHalves;
 constexpr int kSteps = kD / 16, kFirstSteps = kSteps > kMostSteps ? kMostSteps : kSteps;
 constexpr int kShares = kHalves == 2 ? kDv / 64 : 1;  // of the columns of P V
 
-// kBr rows of a query head, and the blocks of keys that they see.
+// Rows of a query head, and the blocks of keys that they see.
 struct Work {
   int row0;
   int from, to;              // blocks
   int whole_from, whole_to;  // blocks that no bound cuts
 
+  DEVICE bool empty() const { return from >= to; }
+  DEVICE bool has(int n) const { return n >= from && n < to; }
   DEVICE bool cut(int n) const { return n < whole_from || n >= whole_to; }
 };
 
-DEVICE Work work_of(const Params& p, int b, int tile) {
+DEVICE Work work_of(const Params& p, int b, int row0, int rows) {
   const Entry entry = entry_of(p, b);
   Work w;
-  w.row0 = tile * kBr;
-  const int last = min_of(w.row0 + kBr, entry.q_len) - 1;
+  w.row0 = row0;
+  const int last = min_of(w.row0 + rows, entry.q_len) - 1;
   const int begin = first_key(entry, w.row0);
   const int end = w.row0 < entry.q_len ? end_of_keys(entry, last) : 0;
   w.from = begin / kBc;
@@ -39,12 +41,12 @@ DEVICE Work work_of(const Params& p, int b, int tile) {
   w.whole_to = max_of(min_of(w.row0 + entry.above + 1, entry.kv_len), 0) / kBc;
   return w;
 }
-
-// A thread's columns of a row as bits, two of each eight: those before column `end` (less 2 t).
-DEVICE u32 first_bits(int end) {
-  static_assert(2 * kN <= 32, "");
-  const int count = (end >> 3) * 2 + min_of(end & 7, 2);
-  return count >= 32 ? ~0u : (1u << max_of(count, 0)) - 1;
+// That of a tile, and that of the 64 rows of it that a warpgroup has.
+DEVICE Work work_of_tile(const Params& p, int b, int tile) {
+  return work_of(p, b, tile * kBr, kBr);
+}
+DEVICE Work work_of_group(const Params& p, int b, int tile, int group) {
+  return work_of(p, b, tile * kBr + group * 64, 64);
 }
 
 // S = Q K^T, a batch of products.
@@ -87,17 +89,7 @@ struct Scores {
   // -inf where a bound excludes a pair: thread row i and the keys from j on.
   DEVICE void exclude(const Params& p, int b, int i, int j) {
     const Entry entry = entry_of(p, hidden(b));
-    const int t = threadIdx.x & 3;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const Limits keys = keys_of_row(entry, hidden(i) + 8 * half, j);
-      const u32 seen = first_bits(keys.end - 2 * t) & ~first_bits(keys.begin - 2 * t);
-#pragma unroll
-      for (int n = 0; n < kN; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++)
-          if (!(seen >> (2 * n + e) & 1)) s[0][n][2 * half + e] = -infinity(float());
-    }
+    exclude_outside(s[0], [&](int half) { return keys_of_row(entry, hidden(i) + 8 * half, j); });
   }
 };
 
@@ -232,33 +224,50 @@ struct Results {
   DEVICE bool finish(const Params& p, const Rows& rows, int b, int h, int i, int mode) {
     const int q_len = entry_of(p, b).q_len;
     const float none = -infinity(float());
-    bool odd = false;
+    float sum[2], high[2], factor[2];
+    bool exists[2], dead[2], odd = false;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      float sum = quad_sum(rows.sum[half]), high = rows.max[half], factor = 1;
-      const bool exists = i + 8 * half < q_len, dead = !exists || (high == none && sum == 0);
-      if (high != none) high *= (float)p.scale;
-      if (mode == kScaled) factor *= kUp;
-      if (kHalves == 2) factor *= kUnit;
-      if (p.sinks && exists) {
-        const float sink = ((const float*)p.sinks)[h], top = max_of(high, sink);
-        const float safe = top == none ? 0 : top, shrunk = exp2_of((high - safe) * (float)kLog2e);
-        factor *= shrunk;
-        sum = (dead ? 0 : sum * shrunk) + exp2_of((sink - safe) * (float)kLog2e);
-        high = top;
+      sum[half] = quad_sum(rows.sum[half]);
+      high[half] = rows.max[half];
+      exists[half] = i + 8 * half < q_len;
+      dead[half] = !exists[half] || (high[half] == none && sum[half] == 0);
+      if (high[half] != none) high[half] *= (float)p.scale;
+      factor[half] = (mode == kScaled ? kUp : 1) * (kHalves == 2 ? kUnit : 1);
+    }
+    if (p.sinks) {
+      const float sink = ((const float*)p.sinks)[h];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        if (!exists[half]) continue;
+        const float top = max_of(high[half], sink), safe = top == none ? 0 : top;
+        const float shrunk = exp2_of((high[half] - safe) * (float)kLog2e);
+        factor[half] *= shrunk;
+        sum[half] =
+            (dead[half] ? 0 : sum[half] * shrunk) + exp2_of((sink - safe) * (float)kLog2e);
+        high[half] = top;
       }
-      lse[half] = !exists || (high == none && sum == 0) ? none : high + log_of(sum);
-      factor /= sum;
-      odd = odd || (!dead && (!finite(sum) || sum == 0));
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const bool none_left = !exists[half] || (high[half] == none && sum[half] == 0);
+      lse[half] = none_left ? none : high[half] + log_of(sum[half]);
+      factor[half] = dead[half] ? 0 : factor[half] / sum[half];
+      odd = odd || (!dead[half] && (!finite(sum[half]) || sum[half] == 0));
+    }
+    if (mode == kTaint) return odd;
+    if (__any_sync(~0u, dead[0] || dead[1])) {  // their sums may hold what they exclude
 #pragma unroll
       for (int n = 0; n < kO; n++)
 #pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; e++) {
-          if (mode != kTaint) o[n][e] = dead ? 0 : o[n][e] * factor;
-          odd = odd || !finite(o[n][e]);
-        }
+        for (int e = 0; e < 4; e++)
+          if (dead[e >> 1]) o[n][e] = 0;
     }
-    return odd;
+#pragma unroll
+    for (int n = 0; n < kO; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) o[n][e] *= factor[e >> 1];
+    return odd || !finite(largest_of(o));
   }
   DEVICE void write_lse(const Params& p, int b, int h, int i, int mode) const {
     if ((threadIdx.x & 3) != 0 || mode == kTaint) return;

@@ -58,11 +58,15 @@ DEVICE To convert(From x) {
 
 // Two 16-bit numbers in a register, the first in the lower half.
 DEVICE u32 pack(f16, float low, float high) {
+  u32 y;
+#if kArch >= 80
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+#else
   f16 a, b;
   narrow(a, low);
   narrow(b, high);
-  u32 y;
   asm("mov.b32 %0, {%1, %2};" : "=r"(y) : "h"(a.bits), "h"(b.bits));
+#endif
   return y;
 }
 DEVICE u32 pack(bf16, float low, float high) {
