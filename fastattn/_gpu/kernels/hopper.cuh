@@ -268,14 +268,13 @@ DEVICE void exclude_outside(float (&s)[N][4], LimitsOf limits) {
   }
 }
 
-// The largest of sizes, or NaN if one is: not finite if one is not.
+// Zeros times what is not finite are NaN, and what they are added to.
 template <int N>
-DEVICE float largest_of(const float (&c)[N][4]) {
-  float most = 0;
+DEVICE bool all_finite(const float (&c)[N][4]) {
+  float zero[4] = {};
 #pragma unroll
   for (int n = 0; n < N; n++)
 #pragma unroll
-    for (int e = 0; e < 4; e++)
-      asm("max.NaN.f32 %0, %0, %1;" : "+f"(most) : "f"(abs_of(c[n][e])));
-  return most;
+    for (int e = 0; e < 4; e++) zero[e] = fma_of(c[n][e], 0, zero[e]);
+  return (zero[0] + zero[1]) + (zero[2] + zero[3]) == 0;
 }

@@ -121,7 +121,7 @@ struct Results {
       wgmma<false, true>(sum, factor + row_step<kBc>(k), rows + column_step(k), 1);
     products_commit();
   }
-  DEVICE bool odd() const { return !finite(largest_of(dk)) || !finite(largest_of(dv)); }
+  DEVICE bool odd() const { return !(all_finite(dk) & all_finite(dv)); }
 
   // A warp's part to memory, through that of the tiles of K and V.
   DEVICE void write(const Params& p, const Work& work, const Part& part, char* tile_k, char* tile_v,

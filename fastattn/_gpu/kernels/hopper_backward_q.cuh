@@ -67,7 +67,7 @@ DEVICE bool finish(float (&dq)[kO][4], const Rows& rows) {
 #pragma unroll
       for (int n = 0; n < kO; n++) dq[n][2 * half] = dq[n][2 * half + 1] = 0;
     }
-  return !finite(largest_of(dq));
+  return !all_finite(dq);
 }
 
 // A warp's rows to memory, through its own rows of Q's tile.

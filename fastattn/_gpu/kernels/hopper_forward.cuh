@@ -141,6 +141,14 @@ struct Rows {
   }
 };
 
+// a / b, of which 16 bits keep little.
+DEVICE float quotient(float a, float b) {
+  if constexpr (kHalves == 2) return a / b;
+  float y;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(b));
+  return a * y;
+}
+
 // P as a factor of the next product.
 typedef u32 Factor[kHalves][kN / 2][4];
 
@@ -250,10 +258,11 @@ struct Results {
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const bool none_left = !exists[half] || (high[half] == none && sum[half] == 0);
-      lse[half] = none_left ? none : high[half] + log_of(sum[half]);
-      factor[half] = dead[half] ? 0 : factor[half] / sum[half];
-      odd = odd || (!dead[half] && (!finite(sum[half]) || sum[half] == 0));
+      const bool some = exists[half] && (high[half] != none || sum[half] != 0);
+      const float of_sum = log_of(sum[half]), share = quotient(factor[half], sum[half]);
+      lse[half] = some ? high[half] + of_sum : none;
+      factor[half] = dead[half] ? 0 : share;
+      odd = odd | (!dead[half] & (!finite(sum[half]) | sum[half] == 0));
     }
     if (mode == kTaint) return odd;
     if (__any_sync(~0u, dead[0] || dead[1])) {  // their sums may hold what they exclude
@@ -267,7 +276,7 @@ struct Results {
     for (int n = 0; n < kO; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) o[n][e] *= factor[e >> 1];
-    return odd || !finite(largest_of(o));
+    return odd | !all_finite(o);
   }
   DEVICE void write_lse(const Params& p, int b, int h, int i, int mode) const {
     if ((threadIdx.x & 3) != 0 || mode == kTaint) return;
