@@ -377,12 +377,12 @@ def test_hopper_shared_memory_holds_what_kernels_lay_out():
             assert c.shared_bytes == used + 256 + names["kBytesWeights"]
             assert names["kMost"] + 256 + names["kBytesWeights"] == config.shared_limit(90)
             assert apart or not halves
-        elif c.kernel == "hopper_backward_q":
-            barriers = 8 * (2 + 2 * names["kStagesK"] + 2 * names["kStagesV"])
-            assert names["kBuffers"] + barriers <= c.shared_bytes == names["kBuffers"] + 256
-        elif c.kernel in ("hopper_backward_kv", "hopper_backward_qkv"):
-            barriers = 8 * (2 + 4 * names["kStages"])
-            assert names["kBuffers"] + barriers <= c.shared_bytes == names["kBuffers"] + 256
+        elif c.kernel in ("hopper_backward_q", "hopper_backward_kv", "hopper_backward_qkv"):
+            own = 4 + 2 * names["kStagesK"] + 2 * names["kStagesV"] if c.kernel[-1] == "q" else 0
+            assert 2 * 4 + 8 * (2 * 2 + (own or 3 + 4 * names["kStages"])) <= 256
+            used = names["kBuffers"] + 256
+            results = names.get("kBytesResults", 0)
+            assert c.shared_bytes == used + results * (used + results <= config.shared_limit(90))
         elif c.kernel == "hopper_finish_q":
             assert c.shared_bytes == tile(c.Br, c.D)
         else:

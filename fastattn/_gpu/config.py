@@ -152,9 +152,16 @@ class Config(NamedTuple):
         halves = DTYPES[self.dtype] // 2  # 16-bit numbers of a number
         row, row_v = (128 * halves * -(-columns // 64) for columns in (self.D, self.Dv))
         barriers = 256
+
+        def with_results(buffers: int, results: int) -> int:
+            """Where they fit, results on their way out have room of their own."""
+            fits = buffers + barriers + results <= shared_limit(90)
+            return buffers + barriers + (results if fits else 0)
+
         if self.kernel == "hopper_backward_q":
             stages_v = 1 if self.D > 128 else 2
-            return self.Br * (row + row_v) + self.Bc * (2 * row + stages_v * row_v) + barriers
+            buffers = self.Br * (row + row_v) + self.Bc * (2 * row + stages_v * row_v)
+            return with_results(buffers, self.Br * row)
         if self.kernel == "hopper_careful_q":
             return (self.Br + self.Bc) * (row + row_v)
         if self.kernel == "hopper_finish_q":
@@ -167,8 +174,10 @@ class Config(NamedTuple):
         if self.kernel in ("hopper_backward_kv", "hopper_careful_kv"):
             shared = 2 * self.Bc * 128 * -(-self.Br // 64) if self.D > 128 else 0  # P and dS
             stage = self.Br * (row + row_v + 2 * 4)  # with lse and delta
-            fast = self.kernel == "hopper_backward_kv"
-            return self.Bc * (row + row_v) + shared + (2 * stage + barriers if fast else stage)
+            kv = self.Bc * (row + row_v)
+            if self.kernel == "hopper_careful_kv":
+                return kv + shared + stage
+            return with_results(kv + shared + 2 * stage, kv)
         stages = 2 if self.kernel == "hopper_forward" else 1
         buffers = self.Br * row + stages * self.Bc * (row + row_v)
         if halves == 2:  # weights of rows
@@ -176,8 +185,7 @@ class Config(NamedTuple):
         if self.kernel == "hopper_careful":
             return buffers
         # Results on their way out: in float32 only those that pass through number by number.
-        results, rest = self.Br * (row_v if halves == 1 else 128), 256
-        return buffers + rest + (results if buffers + rest + results <= shared_limit(90) else 0)
+        return with_results(buffers, self.Br * (row_v if halves == 1 else 128))
 
 
 def shared_limit(arch: int) -> int:

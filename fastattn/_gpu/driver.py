@@ -251,10 +251,18 @@ def _hopper_forward(
     if maps is None:
         call.launch(careful(config), total, arrays, scalars)
         return
-    blocks = min(total, call.device.multiprocessors)
     scalars["flags"] = call.workspace(total * config.Br // 16, np.uint8)
-    if total > blocks:  # they take tiles from a counter
-        scalars["next"] = call.workspace(1, np.int32)
+    _launch_hopper(call, config, total, arrays, scalars, maps)
+
+
+def _launch_hopper(
+    call: _Call, config: Config, total: int, arrays: dict[str, Any], scalars: dict[str, Any],
+    maps: tuple[tuple[int, Tiles], ...],
+) -> None:  # fmt: skip
+    """A fast kernel, whose blocks stay and take tiles from a counter, and the careful one."""
+    blocks = min(total, call.device.multiprocessors)
+    if total > blocks:
+        scalars = scalars | {"next": call.workspace(1, np.int32)}
         call.clear(scalars["next"], 4)
     call.launch(config, blocks, arrays, scalars, maps)
     call.launch_again(careful(config), blocks)
@@ -337,8 +345,7 @@ def _launch_backward(
         call.launch(careful(config), blocks, arrays, scalars)
         return
     flags = call.workspace(blocks * careful(config).warps, np.uint8)
-    call.launch(config, blocks, arrays, scalars | {"flags": flags}, maps)
-    call.launch_again(careful(config), min(blocks, call.device.multiprocessors))
+    _launch_hopper(call, config, blocks, arrays, scalars | {"flags": flags}, maps)
 
 
 def _together(

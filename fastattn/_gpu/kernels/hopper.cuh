@@ -164,7 +164,7 @@ DEVICE void store_blocks(u32 row, u32 a, u32 b, u32 c, u32 d) {
 // From there to memory: 16 rows of a tile from r0 on, N chunks of each from chunk0 on, as far as
 // they exist; `to` is where row r0 goes.
 template <int kRows, int N>
-DEVICE void write_chunks(const char* tile, int r0, int chunk0, char* to, i64 row, int rows,
+DEVICE void write_16_rows(const char* tile, int r0, int chunk0, char* to, i64 row, int rows,
                          int width) {
   const int lane = threadIdx.x & 31;
   uint4 chunks[N / 2];

@@ -3,6 +3,43 @@
 // hopper_careful_q.cu and hopper_careful_kv.cu, which follow them as hopper_careful.cu does the
 // forward.
 
+// Blocks of the grid stay, and take tile after tile from a counter, so that a tile's first loads run
+// beside the end of the one before. The loading thread hands a tile's number on to kReaders warps,
+// through two slots in turn; -1 is the end.
+template <int kReaders>
+struct Queue {
+  int* slots;
+  u32 full, free;  // barriers, two of each
+
+  static constexpr int kBytes = 2 * 2 * 8;  // of the barriers
+
+  DEVICE Queue(int* of_slots, u32 barriers)
+      : slots(of_slots), full(barriers), free(barriers + 16) {}
+  DEVICE void init() const {
+    for (int x = 0; x < 2; x++) {
+      barrier_init(full + 8 * x, 1);
+      barrier_init(free + 8 * x, kReaders);
+    }
+  }
+  // By the loading thread: the turn's tile, which may be beyond the last of `total`.
+  DEVICE bool hand_on(int turn, int index, int total) const {
+    barrier_wait(free + 8 * (turn & 1), (turn >> 1 & 1) ^ 1);
+    slots[turn & 1] = index < total ? index : -1;
+    barrier_arrive(full + 8 * (turn & 1));
+    return index < total;
+  }
+  DEVICE static int next(const Params& p, int total) {
+    return p.next ? (int)gridDim.x + atomicAdd((int*)p.next, 1) : total;
+  }
+  // By a warp that computes.
+  DEVICE int take(int turn) const {
+    barrier_wait(full + 8 * (turn & 1), turn >> 1 & 1);
+    const int index = __shfl_sync(~0u, slots[turn & 1], 0);
+    if ((threadIdx.x & 31) == 0) barrier_arrive(free + 8 * (turn & 1));
+    return index;
+  }
+};
+
 // c = A B^T over all columns of two tiles, a batch of products.
 template <int kColumns, int kRowsA, int kRowsB, int N>
 DEVICE void start_product(float (&c)[N][4], u64 a, u64 b) {
@@ -37,7 +74,7 @@ DEVICE void write_tile(const char* tile, const Array& array, char* to, int rows,
                        int chunk0, int mode) {
   const int lane = threadIdx.x & 31;
   if (array.access == kVectors && mode != kTaint) {
-    write_chunks<kRows, N>(tile, r0, chunk0, to, array.row, rows, width);
+    write_16_rows<kRows, N>(tile, r0, chunk0, to, array.row, rows, width);
   } else {
 #pragma unroll 1
     for (int x = lane; x < 16 * N * 8; x += 32) {

@@ -6,11 +6,15 @@
 //     warpgroup:   S^T = K Q^T, dP^T = V dO^T, P^T = exp(S^T - lse), dS^T = P^T (dP^T - delta),
 //                  dV += P^T dO, dK += dS^T Q
 //
-// A warp whose results do not all end finite sets its flag, for hopper_careful_kv.cu.
+// Blocks stay (see Queue). A warp whose results do not all end finite sets its flag, for
+// hopper_careful_kv.cu.
 
 constexpr int kStages = 2;
 constexpr int kBuffers =
     kBytesK + kBytesV + kStages * (kBytesQ + kBytesO) + 2 * kBytesP + 2 * kStages * kBytesRows;
+constexpr int kBytesResults = kBytesK + kBytesV;
+constexpr bool kApart = kBuffers + kBytesResults + 256 <= 227 * 1024;  // have room of their own,
+constexpr int kAtResults = kApart ? kBuffers : 0;                      // else take that of K and V
 constexpr int kComputers = 240, kLoaders = 24;  // registers
 // Whether the last products of a step run on beside the first of the next: where there are
 // registers.
@@ -25,21 +29,20 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
             sO = sQ + kStages * kBytesQ;
   const u32 sP = sO + kStages * kBytesO, sS = sP + kBytesP, sLse = sS + kBytesP,
             sDelta = sLse + kStages * kBytesRows;
-  const u32 k_full = sK + kBuffers, v_full = k_full + 8, q_full = v_full + 8,
-            q_free = q_full + 8 * kStages;
-  const u32 o_full = q_free + 8 * kStages, o_free = o_full + 8 * kStages;
-  if (threadIdx.x == 0) init_barriers<kStages>(k_full, v_full, q_full, q_free, o_full, o_free);
+  char* const rest = shared + kBuffers + kApart * kBytesResults;
+  const Queue<4 * kGroups> queue((int*)rest, shared_address(rest) + 8);
+  const Loader<kStages> loader(sK, sQ, sLse, shared_address(rest) + 8 + queue.kBytes);
+  if (threadIdx.x == 0) {
+    queue.init();
+    loader.init();
+    barriers_ready();
+  }
   __syncthreads();
-  const Work work = work_of(p, blockIdx.x);
-  const int steps = steps_of(p, work);
 
   // The computing warps come first, so that warps count as in hopper_careful_kv.cu.
   if (threadIdx.x >= 128 * kGroups) {
     registers_down<kLoaders>();
-    if (threadIdx.x != 128 * kGroups || steps <= 0) return;
-    const Loader<kStages> loader = {sK,     sV,     sQ,     sO,     sLse,   sDelta,
-                                    k_full, v_full, q_full, q_free, o_full, o_free};
-    loader.load(p, work, steps, map_q, map_o, map_k, map_v);
+    if (threadIdx.x == 128 * kGroups) loader.load(p, queue, map_q, map_o, map_k, map_v);
     return;
   }
 
@@ -53,73 +56,91 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
   const float* const lse_rows = (const float*)(shared + (sLse - sK)) + part.row;
   const float* const delta_rows = (const float*)(shared + (sDelta - sK)) + part.row;
   const float log2_unit = (float)(p.scale * kLog2e);
-  const int j = work.key0 + part.key + warp % 4 * 16 + (lane >> 2);
-  Results results;
-  results.clear();
-  if (steps > 0) {
-    barrier_wait(k_full, 0);
-    barrier_wait(v_full, 0);
-    auto release = [&](int x) {
-      const int stage = x % kStages;
-      __syncwarp();  // all lanes have read the rows' numbers
-      if (lane == 0) {
-        barrier_arrive(q_free + 8 * stage);
-        barrier_arrive(o_free + 8 * stage);
-      }
-    };
-    Step step = first_step(p, work);
+  auto release = [&](int step) {
+    const int stage = step % kStages;
+    __syncwarp();  // all lanes have read the rows' numbers
+    if (lane == 0) {
+      barrier_arrive(loader.q_free + 8 * stage);
+      barrier_arrive(loader.o_free + 8 * stage);
+    }
+  };
+  int tiles = 0, done = 0;  // and steps
+  for (int turn = 0;; turn++) {
+    const int index = queue.take(turn);
+    if (index < 0) return;
+    const Work work = work_of(p, index);
+    const int steps = steps_of(p, work), end = done + max_of(steps, 0);
+    const int j = work.key0 + part.key + warp % 4 * 16 + (lane >> 2);
+    Results results;
+    results.clear();
+    if (steps > 0) {
+      barrier_wait(loader.k_full, tiles & 1);
+      barrier_wait(loader.v_full, tiles & 1);
+      Step step = first_step(p, work);
 #pragma unroll 1
-    for (int x = 0; x < steps; x++, step.next(work)) {
-      const int stage = x % kStages, full = x / kStages & 1;
-      float s[1][kN][4], dp[kN][4];
-      u32 of_p[kN / 2][4], of_ds[kN / 2][4];
-      barrier_wait(q_full + 8 * stage, full);
-      start_product<kD, kBc, kBr>(s[0], of_k, of_q + (stage * kBytesQ >> 4));
-      barrier_wait(o_full + 8 * stage, full);
-      start_product<kDv, kBc, kBr>(dp, of_v, of_o + (stage * kBytesO >> 4));
-      products_wait<1>();
-      settle(s[0]);
-      if (kRunsOn) {
-        settle(results.dk);
-        settle(results.dv);
-        if (x > 0) release(x - 1);
-      }
-      if (work.cut(step.n)) exclude(p, work.b, s, j, step.n * kBr + part.row);
-      to_probabilities(s[0], lse_rows + stage * kBr, log2_unit);
-      to_factor(of_p, s[0]);
-      if constexpr (kShare) {
-        named_sync(1, 128 * kGroups);  // the last step's products are done
-        store_shared(sP, of_p, part);
-      }
-      products_wait<0>();
-      settle(dp);
-      to_gradients(dp, s[0], delta_rows + stage * kBr);
-      to_factor(of_ds, dp);
-      const u64 rows_o = turned_o + (stage * kBytesO >> 4),
-                rows_q = turned_q + (stage * kBytesQ >> 4);
-      if constexpr (kShare) {
-        store_shared(sS, of_ds, part);
-        writes_to_async();
-        named_sync(2, 128 * kGroups);
-        results.add(results.dv, along_rows(sP), rows_o);
-        results.add(results.dk, along_rows(sS), rows_q);
-      } else {
-        results.add(results.dv, of_p, rows_o);
-        results.add(results.dk, of_ds, rows_q);
-      }
-      if (!kRunsOn) {
+      for (bool first = true; done < end; done++, first = false, step.next(work)) {
+        const int stage = done % kStages, full = done / kStages & 1;
+        float s[1][kN][4], dp[kN][4];
+        u32 of_p[kN / 2][4], of_ds[kN / 2][4];
+        barrier_wait(loader.q_full + 8 * stage, full);
+        start_product<kD, kBc, kBr>(s[0], of_k, of_q + (stage * kBytesQ >> 4));
+        barrier_wait(loader.o_full + 8 * stage, full);
+        start_product<kDv, kBc, kBr>(dp, of_v, of_o + (stage * kBytesO >> 4));
+        products_wait<1>();
+        settle(s[0]);
+        if (kRunsOn) {
+          settle(results.dk);
+          settle(results.dv);
+          if (!first) release(done - 1);
+        }
+        if (work.cut(step.n)) exclude(p, work.b, s, j, step.n * kBr + part.row);
+        to_probabilities(s[0], lse_rows + stage * kBr, log2_unit);
+        to_factor(of_p, s[0]);
+        if constexpr (kShare) {
+          named_sync(1, 128 * kGroups);  // the last step's products are done
+          store_shared(sP, of_p, part);
+        }
         products_wait<0>();
-        settle(results.dk);
-        settle(results.dv);
-        release(x);
+        settle(dp);
+        to_gradients(dp, s[0], delta_rows + stage * kBr);
+        to_factor(of_ds, dp);
+        const u64 rows_o = turned_o + (stage * kBytesO >> 4),
+                  rows_q = turned_q + (stage * kBytesQ >> 4);
+        if constexpr (kShare) {
+          store_shared(sS, of_ds, part);
+          writes_to_async();
+          named_sync(2, 128 * kGroups);
+          results.add(results.dv, along_rows(sP), rows_o);
+          results.add(results.dk, along_rows(sS), rows_q);
+        } else {
+          results.add(results.dv, of_p, rows_o);
+          results.add(results.dk, of_ds, rows_q);
+        }
+        if (!kRunsOn) {
+          products_wait<0>();
+          settle(results.dk);
+          settle(results.dv);
+          release(done);
+        }
+      }
+      if (kApart && lane == 0) barrier_arrive(loader.kv_free);
+      products_wait<0>();
+      settle(results.dk);
+      settle(results.dv);
+      if (kRunsOn) release(done - 1);
+      if (!kApart) named_sync(3 + (kShare ? 0 : group), kShare ? 128 * kGroups : 128);
+    }
+    const bool odd = __any_sync(~0u, results.odd());
+    if (lane == 0) ((u8*)p.flags)[(i64)index * 4 * kGroups + warp] = odd;
+    char* const tile_k = shared + kAtResults;
+    results.write(p, work, part, tile_k, tile_k + kBytesK, kUsual);
+    if (steps > 0) {
+      tiles++;
+      if (!kApart) {
+        writes_to_async();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(loader.kv_free);
       }
     }
-    products_wait<0>();
-    settle(results.dk);
-    settle(results.dv);
-    named_sync(3 + (kShare ? 0 : group), kShare ? 128 * kGroups : 128);  // all have read K and V
   }
-  const bool odd = __any_sync(~0u, results.odd());
-  if (lane == 0) ((u8*)p.flags)[(i64)blockIdx.x * 4 * kGroups + warp] = odd;
-  results.write(p, work, part, shared, shared + kBytesK, kUsual);
 }

@@ -154,45 +154,61 @@ DEVICE void store_shared(u32 tile, const u32 (&factor)[kN / 2][4], const Part& p
                  factor[k][1], factor[k][2], factor[k][3]);
 }
 
-// The loading thread of the fast kernels: K, V, then Q and dO block by block with their rows'
-// numbers.
+// The fast kernels' barriers, and their loading thread: for each tile K and V, then Q and dO block by
+// block with their rows' numbers.
 template <int kStages>
 struct Loader {
   u32 k, v, q, o, lse, delta;  // buffers
-  u32 k_full, v_full, q_full, q_free, o_full, o_free;
+  u32 k_full, v_full, kv_free, q_full, q_free, o_full, o_free;
 
-  DEVICE void load(const Params& p, const Work& work, int steps, const TensorMap& map_q,
+  static constexpr int kBytes = (3 + 4 * kStages) * 8;  // of the barriers
+
+  DEVICE Loader(u32 of_k, u32 of_q, u32 of_lse, u32 barriers)
+      : k(of_k), v(k + kBytesK), q(of_q), o(q + kStages * kBytesQ), lse(of_lse),
+        delta(lse + kStages * kBytesRows), k_full(barriers), v_full(k_full + 8),
+        kv_free(v_full + 8), q_full(kv_free + 8), q_free(q_full + 8 * kStages),
+        o_full(q_free + 8 * kStages), o_free(o_full + 8 * kStages) {}
+  DEVICE void init() const {
+    constexpr int kReaders = 4 * kGroups;  // warps
+    barrier_init(k_full, 1);
+    barrier_init(v_full, 1);
+    barrier_init(kv_free, kReaders);
+    for (int x = 0; x < kStages; x++) {
+      barrier_init(q_full + 8 * x, 2);  // a tile and its rows' numbers
+      barrier_init(q_free + 8 * x, kReaders);
+      barrier_init(o_full + 8 * x, 2);
+      barrier_init(o_free + 8 * x, kReaders);
+    }
+  }
+  DEVICE void load(const Params& p, const Queue<4 * kGroups>& queue, const TensorMap& map_q,
                    const TensorMap& map_o, const TensorMap& map_k, const TensorMap& map_v) const {
-    load_map<kBc, kD>(k, map_k, k_full, work.key0, work.kv_head, work.b);
-    Step step = first_step(p, work);
+    const int total = (int)(p.tiles * p.Hkv * p.batch);
+    int tiles = 0, loaded = 0;
+    for (int turn = 0, index = blockIdx.x; queue.hand_on(turn, index, total); turn++) {
+      const Work work = work_of(p, index);
+      const int steps = steps_of(p, work);
+      Step step = first_step(p, work);
+      if (steps > 0) {
+        barrier_wait(kv_free, (tiles & 1) ^ 1);
+        load_map<kBc, kD>(k, map_k, k_full, work.key0, work.kv_head, work.b);
+        tiles++;
+      }
 #pragma unroll 1
-    for (int x = 0; x < steps; x++, step.next(work)) {
-      const int stage = x % kStages, free = (x / kStages & 1) ^ 1, row0 = step.n * kBr;
-      const i64 row = row_start(p, work.b, step.h) + row0;
-      barrier_wait(q_free + 8 * stage, free);
-      load_map<kBr, kD>(q + stage * kBytesQ, map_q, q_full + 8 * stage, row0, step.h, work.b);
-      load_bytes(lse + stage * kBytesRows, (const float*)p.row_lse + row, kBytesRows,
-                 q_full + 8 * stage);
-      if (x == 0) load_map<kBc, kDv>(v, map_v, v_full, work.key0, work.kv_head, work.b);
-      barrier_wait(o_free + 8 * stage, free);
-      load_map<kBr, kDv>(o + stage * kBytesO, map_o, o_full + 8 * stage, row0, step.h, work.b);
-      load_bytes(delta + stage * kBytesRows, (const float*)p.row_delta + row, kBytesRows,
-                 o_full + 8 * stage);
+      for (int x = 0; x < steps; x++, loaded++, step.next(work)) {
+        const int stage = loaded % kStages, free = (loaded / kStages & 1) ^ 1;
+        const int row0 = step.n * kBr;
+        const i64 row = row_start(p, work.b, step.h) + row0;
+        barrier_wait(q_free + 8 * stage, free);
+        load_map<kBr, kD>(q + stage * kBytesQ, map_q, q_full + 8 * stage, row0, step.h, work.b);
+        load_bytes(lse + stage * kBytesRows, (const float*)p.row_lse + row, kBytesRows,
+                   q_full + 8 * stage);
+        if (x == 0) load_map<kBc, kDv>(v, map_v, v_full, work.key0, work.kv_head, work.b);
+        barrier_wait(o_free + 8 * stage, free);
+        load_map<kBr, kDv>(o + stage * kBytesO, map_o, o_full + 8 * stage, row0, step.h, work.b);
+        load_bytes(delta + stage * kBytesRows, (const float*)p.row_delta + row, kBytesRows,
+                   o_full + 8 * stage);
+      }
+      index = queue.next(p, total);
     }
   }
 };
-
-// Its barriers, and those of the buffers that the computing warps give back; by one thread.
-template <int kStages>
-DEVICE void init_barriers(u32 k_full, u32 v_full, u32 q_full, u32 q_free, u32 o_full, u32 o_free) {
-  constexpr int kReaders = 4 * kGroups;  // warps
-  barrier_init(k_full, 1);
-  barrier_init(v_full, 1);
-  for (int x = 0; x < kStages; x++) {
-    barrier_init(q_full + 8 * x, 2);  // a tile and its rows' numbers
-    barrier_init(q_free + 8 * x, kReaders);
-    barrier_init(o_full + 8 * x, 2);
-    barrier_init(o_free + 8 * x, kReaders);
-  }
-  barriers_ready();
-}

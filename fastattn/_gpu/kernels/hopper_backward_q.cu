@@ -4,10 +4,14 @@
 //     loader:      Q, dO, then K and V block by block, each into a buffer, as it gets free
 //     warpgroup:   S = Q K^T, dP = dO V^T, P = exp(S - lse), dS = P (dP - delta), dQ += dS K
 //
-// A warp whose rows do not all end finite sets its flag, for hopper_careful_q.cu.
+// Blocks stay (see Queue). A warp whose rows do not all end finite sets its flag, for
+// hopper_careful_q.cu.
 
 constexpr int kStagesK = 2, kStagesV = 2 - (kD > 128);
 constexpr int kBuffers = kBytesQ + kBytesO + kStagesK * kBytesK + kStagesV * kBytesV;
+constexpr int kBytesResults = kBytesQ;
+constexpr bool kApart = kBuffers + kBytesResults + 256 <= 227 * 1024;  // dQ has room of its own,
+constexpr int kAtResults = kApart ? kBuffers : 0;                      // else it takes that of Q
 constexpr int kComputers = 240, kLoaders = 24;  // registers
 // Whether the last product of a block runs on beside the first of the next: where there are
 // registers.
@@ -20,13 +24,19 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
   extern __shared__ __align__(1024) char shared[];
   const u32 sQ = shared_address(shared), sO = sQ + kBytesQ, sK = sO + kBytesO,
             sV = sK + kStagesK * kBytesK;
-  const u32 q_full = sQ + kBuffers, o_full = q_full + 8, k_full = o_full + 8,
-            k_free = k_full + 8 * kStagesK;
+  char* const rest = shared + kBuffers + kApart * kBytesResults;
+  const Queue<4 * kGroups> queue((int*)rest, shared_address(rest) + 8);
+  const u32 q_full = shared_address(rest) + 8 + queue.kBytes, q_free = q_full + 8,
+            o_full = q_free + 8, o_free = o_full + 8;
+  const u32 k_full = o_free + 8, k_free = k_full + 8 * kStagesK;
   const u32 v_full = k_free + 8 * kStagesK, v_free = v_full + 8 * kStagesV;
   if (threadIdx.x == 0) {
     constexpr int kReaders = 4 * kGroups;  // warps
+    queue.init();
     barrier_init(q_full, 1);
+    barrier_init(q_free, kReaders);
     barrier_init(o_full, 1);
+    barrier_init(o_free, kReaders);
     for (int x = 0; x < kStagesK; x++) {
       barrier_init(k_full + 8 * x, 1);
       barrier_init(k_free + 8 * x, kReaders);
@@ -38,33 +48,45 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
     barriers_ready();
   }
   __syncthreads();
-  const Work work = work_of(p, blockIdx.x);
 
   // The computing warps come first, so that warps count as in hopper_careful_q.cu.
   if (threadIdx.x >= 128 * kGroups) {
     registers_down<kLoaders>();
-    if (threadIdx.x != 128 * kGroups || work.from >= work.to) return;
-    const int kv_head = work.h / (int)p.group;
-    load_map<kBr, kD>(sQ, map_q, q_full, work.row0, work.h, work.b);
-    auto load_k = [&](int x) {
-      const int stage = x % kStagesK;
-      barrier_wait(k_free + 8 * stage, (x / kStagesK & 1) ^ 1);
-      load_map<kBc, kD>(sK + stage * kBytesK, map_k, k_full + 8 * stage, (work.from + x) * kBc,
-                        kv_head, work.b);
-    };
-    auto load_v = [&](int x) {
-      const int stage = x % kStagesV;
-      barrier_wait(v_free + 8 * stage, (x / kStagesV & 1) ^ 1);
-      load_map<kBc, kDv>(sV + stage * kBytesV, map_v, v_full + 8 * stage, (work.from + x) * kBc,
-                         kv_head, work.b);
-    };
-    load_k(0);
-    load_map<kBr, kDv>(sO, map_o, o_full, work.row0, work.h, work.b);
-    load_v(0);
+    if (threadIdx.x != 128 * kGroups) return;
+    const int total = (int)(p.tiles * p.Hq * p.batch);
+    int tiles = 0, keys = 0, values = 0;  // loaded so far
+    for (int turn = 0, index = blockIdx.x; queue.hand_on(turn, index, total); turn++) {
+      const Work work = work_of(p, index);
+      const int kv_head = work.h / (int)p.group;
+      auto load_k = [&](int n) {
+        const int stage = keys % kStagesK;
+        barrier_wait(k_free + 8 * stage, (keys / kStagesK & 1) ^ 1);
+        load_map<kBc, kD>(sK + stage * kBytesK, map_k, k_full + 8 * stage, n * kBc, kv_head,
+                          work.b);
+        keys++;
+      };
+      auto load_v = [&](int n) {
+        const int stage = values % kStagesV;
+        barrier_wait(v_free + 8 * stage, (values / kStagesV & 1) ^ 1);
+        load_map<kBc, kDv>(sV + stage * kBytesV, map_v, v_full + 8 * stage, n * kBc, kv_head,
+                           work.b);
+        values++;
+      };
+      if (work.from < work.to) {
+        load_k(work.from);
+        barrier_wait(q_free, (tiles & 1) ^ 1);
+        load_map<kBr, kD>(sQ, map_q, q_full, work.row0, work.h, work.b);
+        barrier_wait(o_free, (tiles & 1) ^ 1);
+        load_map<kBr, kDv>(sO, map_o, o_full, work.row0, work.h, work.b);
+        tiles++;
+        load_v(work.from);
 #pragma unroll 1
-    for (int x = 1; x < work.to - work.from; x++) {
-      load_k(x);
-      load_v(x);
+        for (int n = work.from + 1; n < work.to; n++) {
+          load_k(n);
+          load_v(n);
+        }
+      }
+      index = queue.next(p, total);
     }
     return;
   }
@@ -74,54 +96,75 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
   const u64 of_q = along_rows(sQ + group * 64 * 128), of_o = along_rows(sO + group * 64 * 128);
   const u64 of_k = along_rows(sK), of_v = along_rows(sV), turned_k = along_columns<kBc>(sK);
   const float log2_unit = (float)(p.scale * kLog2e);
-  const int i = work.row0 + warp * 16 + (lane >> 2), blocks = work.to - work.from;
-  float dq[kO][4];
-  Rows rows;
-  clear(dq);
-  rows.load(p, work, i);
-  if (blocks > 0) {
-    barrier_wait(q_full, 0);
-    barrier_wait(o_full, 0);
+  int tiles = 0, blocks = 0;  // done so far
+  for (int turn = 0;; turn++) {
+    const int index = queue.take(turn);
+    if (index < 0) return;
+    const Work work = work_of(p, index);
+    const int i = work.row0 + warp * 16 + (lane >> 2);
+    float dq[kO][4];
+    Rows rows;
+    clear(dq);
+    rows.load(p, work, i);
+    if (work.from < work.to) {
+      barrier_wait(q_full, tiles & 1);
+      barrier_wait(o_full, tiles & 1);
 #pragma unroll 1
-    for (int x = 0; x < blocks; x++) {
-      const int at_k = x % kStagesK, at_v = x % kStagesV;
-      float s[1][kN][4], dp[kN][4];
-      u32 factor[kN / 2][4];
-      barrier_wait(k_full + 8 * at_k, x / kStagesK & 1);
-      start_product<kD, kBr, kBc>(s[0], of_q, of_k + (at_k * kBytesK >> 4));
-      barrier_wait(v_full + 8 * at_v, x / kStagesV & 1);
-      start_product<kDv, kBr, kBc>(dp, of_o, of_v + (at_v * kBytesV >> 4));
-      products_wait<1>();
-      settle(s[0]);
-      if (kRunsOn) {
-        settle(dq);
-        if (x > 0 && lane == 0) barrier_arrive(k_free + 8 * ((x - 1) % kStagesK));
-      }
-      if (work.cut(work.from + x)) exclude(p, work.b, s, i, (work.from + x) * kBc);
+      for (int n = work.from; n < work.to; n++, blocks++) {
+        const int at_k = blocks % kStagesK, at_v = blocks % kStagesV;
+        float s[1][kN][4], dp[kN][4];
+        u32 factor[kN / 2][4];
+        barrier_wait(k_full + 8 * at_k, blocks / kStagesK & 1);
+        start_product<kD, kBr, kBc>(s[0], of_q, of_k + (at_k * kBytesK >> 4));
+        barrier_wait(v_full + 8 * at_v, blocks / kStagesV & 1);
+        start_product<kDv, kBr, kBc>(dp, of_o, of_v + (at_v * kBytesV >> 4));
+        products_wait<1>();
+        settle(s[0]);
+        if (kRunsOn) {
+          settle(dq);
+          if (n > work.from && lane == 0) barrier_arrive(k_free + 8 * ((blocks - 1) % kStagesK));
+        }
+        if (work.cut(n)) exclude(p, work.b, s, i, n * kBc);
 #pragma unroll
-      for (int n = 0; n < kN; n++)
+        for (int x = 0; x < kN; x++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) s[0][n][e] = probable(s[0][n][e], log2_unit, rows.lse[e >> 1]);
-      products_wait<0>();
-      settle(dp);
-      if (lane == 0) barrier_arrive(v_free + 8 * at_v);
-#pragma unroll
-      for (int n = 0; n < kN; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) dp[n][e] = s[0][n][e] * (dp[n][e] - rows.delta[e >> 1]);
-      to_factor(factor, dp);
-      add_product(dq, factor, turned_k + (at_k * kBytesK >> 4));
-      if (!kRunsOn) {
+          for (int e = 0; e < 4; e++)
+            s[0][x][e] = probable(s[0][x][e], log2_unit, rows.lse[e >> 1]);
         products_wait<0>();
-        settle(dq);
-        if (lane == 0) barrier_arrive(k_free + 8 * at_k);
+        settle(dp);
+        if (lane == 0) barrier_arrive(v_free + 8 * at_v);
+#pragma unroll
+        for (int x = 0; x < kN; x++)
+#pragma unroll
+          for (int e = 0; e < 4; e++)
+            dp[x][e] = s[0][x][e] * (dp[x][e] - rows.delta[e >> 1]);
+        to_factor(factor, dp);
+        add_product(dq, factor, turned_k + (at_k * kBytesK >> 4));
+        if (!kRunsOn) {
+          products_wait<0>();
+          settle(dq);
+          if (lane == 0) barrier_arrive(k_free + 8 * at_k);
+        }
+      }
+      if (lane == 0) {
+        barrier_arrive(o_free);
+        if (kApart) barrier_arrive(q_free);
+      }
+      products_wait<0>();
+      settle(dq);
+      if (kRunsOn && lane == 0) barrier_arrive(k_free + 8 * ((blocks - 1) % kStagesK));
+      if (!kApart) named_sync(1 + group, 128);  // all have read Q
+    }
+    const bool odd = __any_sync(~0u, finish(dq, rows));
+    if (lane == 0) ((u8*)p.flags)[(i64)index * 4 * kGroups + warp] = odd;
+    write_rows(p, work, dq, shared + kAtResults, kUsual);
+    if (work.from < work.to) {
+      tiles++;
+      if (!kApart) {
+        writes_to_async();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(q_free);
       }
     }
-    products_wait<0>();
-    settle(dq);
-    named_sync(1 + group, 128);  // all have read Q
   }
-  const bool odd = __any_sync(~0u, finish(dq, rows));
-  if (lane == 0) ((u8*)p.flags)[(i64)blockIdx.x * 4 * kGroups + warp] = odd;
-  write_rows(p, work, dq, shared, kUsual);
 }

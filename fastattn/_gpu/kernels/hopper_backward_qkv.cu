@@ -12,7 +12,8 @@
 // warpgroup makes 64 rows by 64 columns, which it stages in the order of its registers and has
 // added by the copy engine (see RowSums). hopper_finish_q.cu makes dQ of the sums.
 //
-// A warp whose dK or dV do not all end finite sets its flag, for hopper_careful_kv.cu.
+// Blocks stay (see Queue). A warp whose dK or dV do not all end finite sets its flag, for
+// hopper_careful_kv.cu.
 
 static_assert(!kShare && kGroups * 64 * 64 == kBr * panels_of(kD) * kPanel,
               "a warpgroup's part of dS K");
@@ -21,6 +22,7 @@ constexpr int kStages = 2;
 constexpr int kBytesS = tile_bytes(kBc, kBr), kBytesSums = 64 * 64 * 4;
 constexpr int kBytesStage = kBytesQ + kBytesO + 2 * kBytesRows;
 constexpr int kBuffers = kBytesK + kBytesV + kStages * kBytesStage + 2 * (kBytesS + kBytesSums);
+static_assert(kBytesK + kBytesV <= 2 * (kBytesS + kBytesSums), "");
 constexpr int kComputers = 240, kLoaders = 24;  // registers
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -33,21 +35,20 @@ hopper_backward_qkv(const __grid_constant__ Params p, const __grid_constant__ Te
             sO = sQ + kStages * kBytesQ;
   const u32 sS = sO + kStages * kBytesO, sSums = sS + 2 * kBytesS,
             sLse = sSums + kGroups * kBytesSums, sDelta = sLse + kStages * kBytesRows;
-  const u32 k_full = sK + kBuffers, v_full = k_full + 8, q_full = v_full + 8,
-            q_free = q_full + 8 * kStages;
-  const u32 o_full = q_free + 8 * kStages, o_free = o_full + 8 * kStages;
-  if (threadIdx.x == 0) init_barriers<kStages>(k_full, v_full, q_full, q_free, o_full, o_free);
+  char* const rest = shared + kBuffers;
+  const Queue<4 * kGroups> queue((int*)rest, shared_address(rest) + 8);
+  const Loader<kStages> loader(sK, sQ, sLse, shared_address(rest) + 8 + queue.kBytes);
+  if (threadIdx.x == 0) {
+    queue.init();
+    loader.init();
+    barriers_ready();
+  }
   __syncthreads();
-  const Work work = work_of(p, blockIdx.x);
-  const int steps = steps_of(p, work);
 
   // The computing warps come first, so that warps count as in hopper_careful_kv.cu.
   if (threadIdx.x >= 128 * kGroups) {
     registers_down<kLoaders>();
-    if (threadIdx.x != 128 * kGroups || steps <= 0) return;
-    const Loader<kStages> loader = {sK,     sV,     sQ,     sO,     sLse,   sDelta,
-                                    k_full, v_full, q_full, q_free, o_full, o_free};
-    loader.load(p, work, steps, map_q, map_o, map_k, map_v);
+    if (threadIdx.x == 128 * kGroups) loader.load(p, queue, map_q, map_o, map_k, map_v);
     return;
   }
 
@@ -64,72 +65,83 @@ hopper_backward_qkv(const __grid_constant__ Params p, const __grid_constant__ Te
   const u32 staged = sSums + group * kBytesSums;
   float4* const own_sums = (float4*)(shared + (staged - sK)) + threadIdx.x % 128;
   const float log2_unit = (float)(p.scale * kLog2e);
-  const int j = work.key0 + part.key + warp % 4 * 16 + (lane >> 2);
   const bool adds = threadIdx.x % 128 == 0;  // the thread that has a warpgroup's sums added
-  Results results;
-  results.clear();
-  if (steps > 0) {
-    barrier_wait(k_full, 0);
-    barrier_wait(v_full, 0);
-    Step step = first_step(p, work);
+  int tiles = 0, done = 0;                   // and steps
+  for (int turn = 0;; turn++) {
+    const int index = queue.take(turn);
+    if (index < 0) return;
+    const Work work = work_of(p, index);
+    const int steps = steps_of(p, work), end = done + max_of(steps, 0);
+    const int j = work.key0 + part.key + warp % 4 * 16 + (lane >> 2);
+    Results results;
+    results.clear();
+    if (steps > 0) {
+      barrier_wait(loader.k_full, tiles & 1);
+      barrier_wait(loader.v_full, tiles & 1);
+      Step step = first_step(p, work);
 #pragma unroll 1
-    for (int x = 0; x < steps; x++, step.next(work)) {
-      const int stage = x % kStages, full = x / kStages & 1;
-      float s[1][kN][4], dp[kN][4];
-      u32 of_p[kN / 2][4], of_ds[kN / 2][4];
-      barrier_wait(q_full + 8 * stage, full);
-      start_product<kD, kBc, kBr>(s[0], of_k, of_q + (stage * kBytesQ >> 4));
-      barrier_wait(o_full + 8 * stage, full);
-      start_product<kDv, kBc, kBr>(dp, of_v, of_o + (stage * kBytesO >> 4));
-      products_wait<1>();
-      settle(s[0]);
-      if (work.cut(step.n)) exclude(p, work.b, s, j, step.n * kBr);
-      to_probabilities(s[0], lse_rows + stage * kBr, log2_unit);
-      to_factor(of_p, s[0]);
-      products_wait<0>();
-      settle(dp);
-      to_gradients(dp, s[0], delta_rows + stage * kBr);
-      to_factor(of_ds, dp);
-      results.add(results.dv, of_p, turned_o + (stage * kBytesO >> 4));
-      // Two buffers: whoever is here has finished the step before the last, and so have all.
-      store_shared(sS + (x & 1) * kBytesS, of_ds, part);
-      writes_to_async();
+      for (; done < end; done++, step.next(work)) {
+        const int stage = done % kStages, full = done / kStages & 1;
+        float s[1][kN][4], dp[kN][4];
+        u32 of_p[kN / 2][4], of_ds[kN / 2][4];
+        barrier_wait(loader.q_full + 8 * stage, full);
+        start_product<kD, kBc, kBr>(s[0], of_k, of_q + (stage * kBytesQ >> 4));
+        barrier_wait(loader.o_full + 8 * stage, full);
+        start_product<kDv, kBc, kBr>(dp, of_v, of_o + (stage * kBytesO >> 4));
+        products_wait<1>();
+        settle(s[0]);
+        if (work.cut(step.n)) exclude(p, work.b, s, j, step.n * kBr);
+        to_probabilities(s[0], lse_rows + stage * kBr, log2_unit);
+        to_factor(of_p, s[0]);
+        products_wait<0>();
+        settle(dp);
+        to_gradients(dp, s[0], delta_rows + stage * kBr);
+        to_factor(of_ds, dp);
+        results.add(results.dv, of_p, turned_o + (stage * kBytesO >> 4));
+        // Two buffers: whoever is here has finished the step before the last, and so have all.
+        store_shared(sS + (done & 1) * kBytesS, of_ds, part);
+        writes_to_async();
+        if (adds) adds_read();
+        named_sync(1, 128 * kGroups);
+        float sums[8][4];
+        products_fence();
+#pragma unroll
+        for (int k = 0; k < kBc / 16; k++)
+          wgmma<true, true>(sums, turned_s + ((done & 1) * kBytesS >> 4) + column_step(k),
+                            turned_k + column_step(k), k > 0);
+        products_commit();
+        results.add(results.dk, of_ds, turned_q + (stage * kBytesQ >> 4));
+        products_wait<1>();
+        settle(sums);
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+          own_sums[n * 128] = make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
+        writes_to_async();
+        named_sync(2 + group, 128);
+        if (adds) {
+          const int row = step.n * kBr + kRowsApart * group * 64, chunk0 = !kRowsApart * group * 8;
+          const int chunks = min_of((int)p.D / 8 - chunk0, 8);
+          if (row < p.Lq && chunks > 0)
+            add_bytes(RowSums(p).at(work.b, step.h, row / 64, chunk0), staged,
+                      chunks * RowSums::kBytesChunk);
+        }
+        products_wait<0>();
+        settle(results.dk);
+        settle(results.dv);
+        if (lane == 0) {
+          barrier_arrive(loader.q_free + 8 * stage);
+          barrier_arrive(loader.o_free + 8 * stage);
+        }
+      }
       if (adds) adds_read();
-      named_sync(1, 128 * kGroups);
-      float sums[8][4];
-      products_fence();
-#pragma unroll
-      for (int k = 0; k < kBc / 16; k++)
-        wgmma<true, true>(sums, turned_s + ((x & 1) * kBytesS >> 4) + column_step(k),
-                          turned_k + column_step(k), k > 0);
-      products_commit();
-      results.add(results.dk, of_ds, turned_q + (stage * kBytesQ >> 4));
-      products_wait<1>();
-      settle(sums);
-#pragma unroll
-      for (int n = 0; n < 8; n++)
-        own_sums[n * 128] = make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
-      writes_to_async();
-      named_sync(2 + group, 128);
-      if (adds) {
-        const int row = step.n * kBr + kRowsApart * group * 64, chunk0 = !kRowsApart * group * 8;
-        const int chunks = min_of((int)p.D / 8 - chunk0, 8);
-        if (row < p.Lq && chunks > 0)
-          add_bytes(RowSums(p).at(work.b, step.h, row / 64, chunk0), staged,
-                    chunks * RowSums::kBytesChunk);
-      }
-      products_wait<0>();
-      settle(results.dk);
-      settle(results.dv);
-      if (lane == 0) {
-        barrier_arrive(q_free + 8 * stage);
-        barrier_arrive(o_free + 8 * stage);
-      }
+      if (lane == 0) barrier_arrive(loader.kv_free);
+      tiles++;
     }
-    if (adds) adds_read();
-    named_sync(1, 128 * kGroups);  // all have read K and V
+    // Results pass through the buffers of dS and of sums, of which all have made their last use.
+    named_sync(1, 128 * kGroups);
+    const bool odd = __any_sync(~0u, results.odd());
+    if (lane == 0) ((u8*)p.flags)[(i64)index * 4 * kGroups + warp] = odd;
+    results.write(p, work, part, shared + (sS - sK), shared + (sS - sK) + kBytesK, kUsual);
+    named_sync(1, 128 * kGroups);
   }
-  const bool odd = __any_sync(~0u, results.odd());
-  if (lane == 0) ((u8*)p.flags)[(i64)blockIdx.x * 4 * kGroups + warp] = odd;
-  results.write(p, work, part, shared, shared + kBytesK, kUsual);
 }

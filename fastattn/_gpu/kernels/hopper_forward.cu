@@ -305,7 +305,7 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
                      pack(Tile(), results.o[n + 1][2], results.o[n + 1][3]));
       __syncwarp();
       const int i0 = work.row0 + r0;
-      write_chunks<kBr, kO>(shared + kAtO, r0, 0, p.out.at(order.b, order.h) + i0 * p.out.row,
+      write_16_rows<kBr, kO>(shared + kAtO, r0, 0, p.out.at(order.b, order.h) + i0 * p.out.row,
                             p.out.row, (int)p.Lq - i0, (int)p.Dv);
     }
     if (!kApart) writes_to_async();
