@@ -23,8 +23,8 @@ OPTIONS = ("--std=c++17", "-default-device", "--fmad=false", "-ftz=true")
 CHECKS = ("-diag-suppress=177", "-Xptxas=-v")
 
 # Kernels that fill all 255 registers spill some numbers; an array that left them is hundreds of
-# bytes. On Hopper those are numbers of the warp that loads.
-MOST_SPILLED = 128
+# bytes. On Hopper those are numbers of the warps that load.
+MOST_SPILLED = 192
 
 
 class Compiled(NamedTuple):
@@ -162,6 +162,8 @@ def jobs_of_hopper(kernel):
     fast = [chosen(kernel, 90, dtype, 64) for dtype in ("float16", "bfloat16")]
     if kernel == "backward_kv":
         fast += [config.together(c) for c in fast]
+    if kernel == "forward":
+        fast += [chosen(kernel, 90, "bfloat16", 64, options) for options in config.OPTIONS]
     found = [c for f in fast for c in (f, config.careful(f))]
     if kernel == "backward_q":
         found += [config.finisher(f) for f in fast]
@@ -263,6 +265,7 @@ def jobs_of_slow(arch):
         if (c, arch) not in default
         and (
             c.fast
+            or c.kernel == "hopper_forward"
             or (
                 c not in earlier
                 and (

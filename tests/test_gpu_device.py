@@ -1213,6 +1213,146 @@ def test_hopper_forward_of_large_values_is_finite(ways, rng):
     assert_forward(case.q, case.k, case.v, *case.forward())
 
 
+def elementwise_options(rng, name, dtype, Lq, Lk):
+    """Of two batch entries and four query heads: one of the options that are read element by
+    element, and what goes with it; with tiles that hold all pairs, none, or some."""
+    if name == "softcap":
+        return dict(softcap=2.0, is_causal=True)
+    if name == "alibi":
+        return dict(
+            alibi_slopes=np.array([0.5, 0.01, 0, 1]), causal_offset=np.array([-40, 33]),
+            window_size=(200, None), kv_lens=np.array([Lk, Lk // 2]),
+        )  # fmt: skip
+    if name == "dropout":
+        return dict(dropout_p=0.3, seed=7, sinks=np.array([0.5, -1, 3, 30]))
+    if name == "segments":  # some queries have no keys
+        ids = np.array([3, 4, 5, -1])
+        rows, keys = np.arange(Lq), np.arange(Lk)
+        return dict(
+            q_segment_ids=np.stack([ids[rows // 80 % 4], ids[rows // 90 % 3]]),
+            kv_segment_ids=np.stack([ids[keys // 100 % 4], np.full(Lk, 5)]),
+            q_lens=np.array([Lq, Lq - 3]),
+        )
+    if name == "mixed segments":
+        return dict(
+            q_segment_ids=rng.integers(0, 3, (2, Lq)), kv_segment_ids=rng.integers(0, 3, (2, Lk)),
+            window_size=(150, 150),
+        )  # fmt: skip
+    some = rng.random((2, 4, Lq, Lk)) < 0.7
+    some[:, :, 5] = some[:, 1, 64:192] = some[0, :, :, :40] = False
+    numbers = rng.standard_normal(some.shape).astype(dtype)
+    below = np.tril(np.ones((Lq, Lk), bool), -20)
+    return {
+        "bools": dict(attn_mask=some, is_causal=True, causal_offset="lower_right"),
+        "causal bools": dict(attn_mask=below, sinks=np.array([0.5, -1, 3, 30])),
+        "keys": dict(attn_mask=some[:, :1, 7:8], kv_lens=np.array([Lk, Lk // 3])),
+        "queries": dict(attn_mask=some[:, :, :, 60:61]),
+        "numbers": dict(attn_mask=np.where(some, numbers, -inf), window_size=(None, 30)),
+        "numbers of few tiles": dict(attn_mask=np.where(below, 0, -inf).astype(dtype)),
+        "low numbers": dict(bias=np.full((4, 1, Lk), -6e4 if dtype == "f2" else -3e38, dtype)),
+        "bias": dict(bias=numbers[0], q_lens=np.array([Lq // 2, Lq])),
+        "bias of keys": dict(bias=numbers[:, :, :1], is_causal=True),
+    }[name]
+
+
+HOPPER_ELEMENTWISE = (
+    "softcap", "alibi", "dropout", "segments", "mixed segments", "bools", "causal bools", "keys",
+    "queries", "numbers", "numbers of few tiles", "low numbers", "bias", "bias of keys",
+)  # fmt: skip
+
+
+def elementwise_case(rng, name, dtype, Lq, Lk, D, Dv=None):
+    options = elementwise_options(rng, name, DTYPES[dtype], Lq, Lk)
+    return make_case(
+        rng, DTYPES[dtype], lead=(2,), Hq=4, Hkv=2, Lq=Lq, Lk=Lk, D=D, Dv=Dv, **options
+    )
+
+
+@pytest.mark.parametrize("name", HOPPER_ELEMENTWISE)
+@pytest.mark.parametrize(("D", "Dv"), HOPPER_HEADS)
+def test_hopper_forward_with_options_keeps_to_the_oracle_either_way(D, Dv, name, ways, rng):
+    """To the same bits."""
+    for Lq, Lk, dtype in ((300, 260, "bfloat16"), (65, 128, "float16"), (193, 64, "bfloat16")):
+        case = elementwise_case(rng, name, dtype, Lq, Lk, D, Dv)
+        ways.only_loads = False
+        result = case.forward()
+        assert_forward(case.q, case.k, case.v, *result, **case.options)
+        ways.only_loads = True
+        assert_same_bits(case.forward()._asdict(), result._asdict())
+        assert ways[-2:] == ["maps", "loads"]
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("name", ["bools", "keys", "numbers", "bias", "mixed segments"])
+def test_hopper_forward_with_masks_of_any_layout_has_the_same_bits(name, D, ways, rng):
+    case = elementwise_case(rng, name, "bfloat16", 300, 260, D)
+    expected = case.forward()._asdict()
+    changed = {"attn_mask", "bias", "q_segment_ids", "kv_segment_ids"} & {*case.options}
+
+    def cut(x):
+        whole = np.zeros((*x.shape[:-1], x.shape[-1] + 6), x.dtype)
+        whole[..., 4:-2] = x
+        return whole[..., 4:-2]
+
+    def spread(x):
+        return np.ascontiguousarray(np.broadcast_to(x, (2, 4, 300, 260)))
+
+    changes = [cut, unaligned]
+    if name != "mixed segments":
+        changes += [columns, lambda x: x[..., ::-1].copy()[..., ::-1], spread]
+    for change in changes:
+        found = case.with_(**{n: change(case.options[n]) for n in changed}).forward()
+        assert_same_bits(found._asdict(), expected)
+    assert ways == ["maps"] * (1 + len(changes))  # not those of sm_80
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("name", ["causal bools", "numbers of few tiles", "segments", "softcap"])
+def test_hopper_forward_with_options_keeps_poison_where_it_belongs(name, D, ways, rng):
+    case = elementwise_case(rng, name, "bfloat16", 300, 300, D)
+    clean = case.forward()._asdict()
+    keys = np.s_[0, :, 220:230]
+    seen = case.live()[0, :, :, 220:230].any(-1)
+    assert seen.any() and not seen.all()
+    for poison in (nan, inf):
+        k, v = case.k.copy(), case.v.copy()
+        k[keys] = v[keys] = poison
+        found = case.with_(k=k, v=v).forward()._asdict()
+        for what, x in found.items():
+            assert_same_bits(x[0][~seen], clean[what][0][~seen], what)
+            assert_same_bits(x[1], clean[what][1], what)
+        assert not np.isfinite(found["out"][0][seen].astype(np.float32)).any()
+
+
+@pytest.mark.parametrize(("D", "L", "Hq"), [(64, 1000, 24), (128, 1100, 16), (256, 700, 20)])
+@pytest.mark.parametrize("name", ["bools", "numbers", "segments", "dropout"])
+def test_hopper_forward_with_options_and_many_tiles(name, D, L, Hq, ways, rng):
+    """Several tiles for each block, some of them without any keys; every head is as it is alone,
+    but for dropout, which is drawn by heads."""
+    below = np.tril(rng.random((L, L)) < 0.99, -5)
+    below[256:512] = below[:, 300:500] = False
+    options = {
+        "bools": dict(attn_mask=below),
+        "numbers": dict(attn_mask=np.where(below, 0.5, -inf).astype(DTYPES["bfloat16"])),
+        "segments": dict(q_segment_ids=np.arange(L) // 150, kv_segment_ids=np.arange(L) // 150 * 2),
+        "dropout": dict(dropout_p=0.5, seed=3),
+    }[name]
+    shape = dict(lead=(2,), Hq=Hq, Hkv=Hq // 4, Lq=L, Lk=L, D=D)
+    case = make_case(rng, DTYPES["bfloat16"], **shape, **options)
+    together = case.forward()
+    assert_same_bits(case.forward()._asdict(), together._asdict())
+    for b, h in ((0, 0), (1, Hq - 1), (1, 5)):
+        if name == "dropout" and (b, h) != (0, 0):
+            continue
+        kv = np.s_[b : b + 1, h // 4 : h // 4 + 1]
+        q = case.q[b : b + 1, h : h + 1]
+        result = case.with_(q=q, k=case.k[kv], v=case.v[kv]).forward()
+        assert_forward(q, case.k[kv], case.v[kv], *result, **options)
+        assert_same_bits(together.out[b : b + 1, h : h + 1], result.out)
+        assert_same_bits(together.lse[b : b + 1, h : h + 1], result.lse)
+    assert set(ways) == {"maps"}
+
+
 @pytest.mark.parametrize(
     ("dtype", "D", "L", "Hq"),
     [

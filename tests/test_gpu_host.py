@@ -115,11 +115,15 @@ def test_few_rows_have_small_tiles():
 
 @pytest.mark.parametrize(("arch", "family"), PLACES)
 def test_masks_are_summed_alike_wherever_they_lie(arch, family):
-    """Where a mask lies decides on the kernel (`_added` in the driver), which may change no bit."""
+    """Where a mask lies decides on the kernel (`_added` in the driver), which may change no bit.
+    But Hopper's takes one of any layout."""
     for kernel, dtype, D in itertools.product(TILED, config.DTYPES, (*config.HEAD_TILES, 600)):
         parts = set()
         for options in ("bools", "numbers", "all"):
             c = config.choose(kernel, arch, family, dtype, options, D, D)
+            if c.kernel == "hopper_forward":
+                assert c.options == options != "all"
+                continue
             parts.add((c.walk, c.D, c.Br if kernel == "backward_kv" else c.Bc))
         assert len(parts) == 1
 
@@ -148,8 +152,10 @@ def test_hopper_serves_many_rows(own):
     assert {(c.kernel, c.dtype) for c in HOPPER} == listed
     for D, Dv in itertools.product((8, 64, 72, 128, 136, 192, 256), repeat=2):
         assert kernel(D=D, Dv=Dv) == f"hopper_{own}"
+    for options in config.OPTIONS:  # one at a time, in 16 bits
+        assert kernel(options=options) == ("hopper_forward" if own == "forward" else own)
     for other in (
-        dict(dtype="float64"), dict(options="all"), dict(options="alibi"), dict(D=264),
+        dict(dtype="float64"), dict(options="all"), dict(options="alibi", rows=64), dict(D=264),
         dict(Dv=264), dict(D=0), dict(Dv=0), dict(D=68), dict(Dv=65),
     ):  # fmt: skip
         assert kernel(**other) == own
@@ -186,6 +192,7 @@ def test_hopper_tiles_are_what_its_instructions_take():
         if fast:
             text = read(f"{c.kernel}.cu")
             values = {"kGroups": groups, "kHalves": config.DTYPES[c.dtype] // 2}
+            values["kMoved"] = 8 * (c.options in ("bools", "numbers", "segments") and c.Dv < 256)
             registers = [
                 evaluate(f"({re.search(rf'{name} = ([^,;]*)', text)[1]})", values)
                 for name in ("kComputers", "kLoaders")
@@ -348,6 +355,10 @@ def hopper_layout(c):
         "kShare": c.kernel.endswith("_kv") and c.D > 128,
         "kHalves": config.DTYPES[c.dtype] // 2, "kGroups": c.Br // 64, "kStage": 16 * 32 * 4,
     }  # fmt: skip
+    row = r"kAddedRow = kBits \? (.*) : has\(kBools\) \? (.*) : (.*);"
+    rows = dict(zip(("segments", "bools", "numbers"), *re.findall(row, read("hopper_forward.cuh"))))
+    names["kAddedRow"] = evaluate(rows.get(c.options, "0"), names)
+    names["kAdders"] = c.Br // 64 if c.options in rows else 0
     for name, parameters, expression in functions:
         words = [parameter.split()[1] for parameter in parameters.split(", ")]
         names[name] = lambda *given, e=expression, w=words: evaluate(e, names | dict(zip(w, given)))
@@ -368,14 +379,18 @@ def test_hopper_shared_memory_holds_what_kernels_lay_out():
         inputs = tile(c.Br, c.D) + tile(c.Bc, c.D) + tile(c.Bc, c.Dv)
         halves = c.dtype == "float32"
         if c.kernel == "hopper_careful":
-            assert c.shared_bytes == inputs + halves * 4 * (c.Br + 2 * c.Bc)
+            added = c.Br * names["kAddedRow"]
+            assert c.shared_bytes == inputs + halves * 4 * (c.Br + 2 * c.Bc) + added
         elif c.kernel == "hopper_forward":
             apart = names["kBuffers"] + names["kBytesO"] <= names["kMost"]
             used = names["kBuffers"] + apart * names["kBytesO"]
             barriers = 2 + 2 * 2 + 4 * names["kStages"] + halves * (1 + 2 * names["kStages"])
-            assert 2 * 16 + 8 * barriers <= 256
-            assert c.shared_bytes == used + 256 + names["kBytesWeights"]
-            assert names["kMost"] + 256 + names["kBytesWeights"] == config.shared_limit(90)
+            barriers += names["kStages"] + 2 * names["kAdders"]
+            rest = names["kBytesRest"]
+            assert 2 * 32 + names["kStages"] * 16 + 8 * barriers <= rest
+            rest += names["kBytesWeights"] + names["kAdders"] * names["kBytesAdded"]
+            assert c.shared_bytes == used + rest
+            assert names["kMost"] + rest == config.shared_limit(90)
             assert apart or not halves
         elif c.kernel in ("hopper_backward_q", "hopper_backward_kv", "hopper_backward_qkv"):
             own = 4 + 2 * names["kStagesK"] + 2 * names["kStagesV"] if c.kernel[-1] == "q" else 0
@@ -748,7 +763,8 @@ def masked(call, problem, **arrays):
     )  # fmt: skip
     call.problem = types.SimpleNamespace(**given | problem | arrays)
     call.natural, call.packed = problem.get("natural", bool(arrays)), problem.get("packed", False)
-    added = call._added({name: call.array(array) for name, array in arrays.items()})
+    arrays = {name: call.array(array) for name, array in arrays.items()}
+    added = call._added(arrays, problem.get("any_layout", False))
     return call.elementwise, added
 
 
@@ -802,6 +818,62 @@ def test_other_masks_are_left_to_all(driver, call):
         assert chosen == "all"
         assert (added["numbers_size"], bool(added["numbers_copied"])) == (size, copied)
         assert added.get("bools", 0) == (len(arrays) == 2 and copied)
+
+
+@pytest.mark.parametrize("name", ["bools", "numbers"])
+def test_hopper_is_given_masks_of_any_layout(name, driver, call):
+    """By what is no layout: they are alone, of the dtype of q, with keys in whole 4 bytes."""
+    dtype = {"bools": np.bool_, "numbers": np.float16}[name]
+    whole = scores(dtype, 64)
+    for columns in range(56, 65):
+        fits = columns * np.dtype(dtype).itemsize % 4 == 0
+        cut, wide = whole[..., :columns], scores(dtype, 80)[..., 3 : 3 + columns]
+        turned = whole[:, :, :columns].swapaxes(-1, -2)[:, :, :, ::-1][..., :columns]
+        for x in (cut, wide, turned, np.broadcast_to(cut[:, :, :1], cut.shape)):
+            given = {"natural": dtype != np.bool_, "any_layout": True, "Lk": columns}
+            chosen, added = masked(call, given, attn_mask=x.view(Standin))
+            assert chosen == (name if fits else "all")
+            one_row = added.get(f"{name}_one_row", False)
+            assert not fits or one_row == (x.strides[-2] == 0)
+    other = scores(np.float32)
+    assert masked(call, {"any_layout": True, "Lk": 64}, bias=other)[0] == "all"
+    assert masked(call, {"any_layout": True, "Lk": 64}, attn_mask=whole, bias=other)[0] == "all"
+
+
+def test_hopper_serves_masks_wherever_they_lie(launches, driver):
+    from fastattn.attention import attention_forward
+
+    cupy = driver.cupy
+
+    def kernels(dtype=np.float16, L=300, **options):
+        with cupy.cuda.using_allocator(Memory(0x7F0000000000)):
+            q, k = (cupy.ndarray((2, 4, n, 64), dtype) for n in (300, L))
+            options = {name: make(cupy) for name, make in options.items()}
+            launches.clear()
+            attention_forward(q, k, k, **options)
+        return [x[0] for x in launches if type(x[0]) is str]
+
+    hopper = ["hopper_forward", "hopper_careful"]
+    for view in (
+        lambda cp: cp.ndarray((2, 1, 300, 300), bool), lambda cp: cp.ndarray(300, bool),
+        lambda cp: cp.ndarray((300, 300), bool).T, lambda cp: cp.ndarray((300, 1), np.float16),
+        lambda cp: cp.ndarray((300, 307), np.float16)[:, 3:303],
+    ):  # fmt: skip
+        assert kernels(attn_mask=view) == ["survey", *hopper]
+    assert kernels(bias=lambda cp: cp.ndarray((300, 300), np.float16)) == hopper
+    ids = dict.fromkeys(("q_segment_ids", "kv_segment_ids"), lambda cp: cp.ndarray(300, np.int64))
+    assert kernels(**ids) == ["survey", *hopper]
+    for options in (
+        {"softcap": lambda cp: 3.0}, {"alibi_slopes": lambda cp: cp.ndarray(4, np.float32)},
+        {"dropout_p": lambda cp: 0.5, "seed": lambda cp: 1},
+    ):  # fmt: skip
+        assert kernels(**options) == hopper
+        assert kernels(np.float32, **options) == ["forward"]
+        assert kernels(**options, **ids) == ["survey", "forward"]
+    assert kernels(L=301, attn_mask=lambda cp: cp.ndarray((300, 301), bool)) == [
+        "survey",
+        "forward",
+    ]
 
 
 def test_a_mask_without_keys_is_not_looked_at(call):

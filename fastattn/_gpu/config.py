@@ -51,7 +51,7 @@ class Config(NamedTuple):
     def fast(self) -> bool:
         """Whether benchmarks run it, so that its numbers have to stay in registers."""
         if self.kernel in HOPPER_KERNELS:
-            return self.kernel in _CAREFUL
+            return self.kernel in _CAREFUL and not (self.options and self.D > 128)
         sizes = (64, 128, 256) if DTYPES[self.tile_dtype] == 2 else (64, 128)
         return (
             self.kernel in ("forward", DECODE, "backward_q", "backward_kv")
@@ -151,7 +151,7 @@ class Config(NamedTuple):
         """Tiles in panels of 64 columns, as kernels/hopper.cuh has them."""
         halves = DTYPES[self.dtype] // 2  # 16-bit numbers of a number
         row, row_v = (128 * halves * -(-columns // 64) for columns in (self.D, self.Dv))
-        barriers = 256
+        barriers = 512 if self.kernel == "hopper_forward" else 256
 
         def with_results(buffers: int, results: int) -> int:
             """Where they fit, results on their way out have room of their own."""
@@ -180,6 +180,11 @@ class Config(NamedTuple):
             return with_results(kv + shared + 2 * stage, kv)
         stages = 2 if self.kernel == "hopper_forward" else 1
         buffers = self.Br * row + stages * self.Bc * (row + row_v)
+        if self.options == "segments":  # bits of rows
+            buffers += self.Br * 16
+        else:
+            bools, numbers = (self.Br * (self.options == n) for n in ("bools", "numbers"))
+            buffers += self.added_bytes(bools, numbers, 2)
         if halves == 2:  # weights of rows
             buffers += 4 * (self.Br + 2 * stages * self.Bc)
         if self.kernel == "hopper_careful":
@@ -228,7 +233,7 @@ ROW_CLASSES = (16, 64, 128)
 # of preference: the first that fits the device's shared memory is taken. A forward's are by row
 # class, and, in the last of them, by what it is compiled with. Where a mask lies decides whether it
 # is served as bools or numbers or by "all": all three cut sums into the same parts, (Bc; Br in
-# backward_kv), for the same bits.
+# backward_kv), for the same bits. (Hopper's forward takes bools and numbers wherever they lie.)
 _TILES: dict[tuple[str, int], dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     ("forward 16", 2): {
         128: ((16, 64, 1, 6),),
@@ -306,15 +311,17 @@ _HOPPER_TILES = {
 
 def _hopper_forward(dtype: str, options: str, D: int, Dv: int, rows: int) -> Config | None:
     """The configuration of sm_90a that serves a forward, if one does: of head sizes in steps of 16
-    bytes, which the copy engine takes."""
+    bytes, which the copy engine takes; in 16 bits also with one element-wise option."""
     size = DTYPES[dtype]
-    if size > 4 or options or rows <= 64 or 0 in (D, Dv) or D * size % 16 or Dv * size % 16:
+    if size > 4 or rows <= 64 or 0 in (D, Dv) or D * size % 16 or Dv * size % 16:
+        return None
+    if options and (options == "all" or size > 2):
         return None
     for (tile, tile_v), (Br, Bc) in _HOPPER_TILES[size].items():
         if D <= tile and Dv <= tile_v:
             warps = Br // 16 + 4
             return Config(
-                "hopper_forward", "sm_90a", dtype, "", tile, tile_v, False, Br, Bc, warps, 1
+                "hopper_forward", "sm_90a", dtype, options, tile, tile_v, False, Br, Bc, warps, 1
             )
     return None
 

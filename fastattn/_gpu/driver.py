@@ -215,8 +215,8 @@ def _forward(call: _Call, out: Layout, lse: Layout) -> None:
     p = call.problem
     few = p.group * p.Lq <= _FEW_ROWS
     call.packed = packed = few and p.group > 1
-    arrays = call.inputs() | {"out": call.array(out), "lse": call.rows(lse)}
     rows = p.group * p.Lq if packed else p.Lq
+    arrays = call.inputs(rows) | {"out": call.array(out), "lse": call.rows(lse)}
     config = call.config("forward", rows)
     tiles = -(-rows // config.Br)
     if config.kernel == "hopper_forward":
@@ -246,6 +246,7 @@ def _hopper_forward(
     the careful one, where tensor maps cannot take an array."""
     p = call.problem
     scalars: dict[str, Any] = {"out_kind": out_kind, "tiles": tiles, "splits": 1}
+    scalars |= call.survey(config, arrays)
     total = tiles * p.batch * p.Hq
     maps = call.maps(config, arrays, ("q", "k", "v"))
     if maps is None:
@@ -527,8 +528,8 @@ class _Call(Planner):
             found.append((pointer, tiles))
         return tuple(found)
 
-    def inputs(self) -> dict[str, tuple[int, ...]]:
-        """The arrays of the problem itself."""
+    def inputs(self, rows: int = 0) -> dict[str, tuple[int, ...]]:
+        """The arrays of the problem itself, for a forward of so many rows or for a backward."""
         p = self.problem
         arrays = {"q": self.array(p.q), "k": self.array(p.k), "v": self.array(p.v)}
         if p.attn_mask is not None:
@@ -538,10 +539,13 @@ class _Call(Planner):
         if p.q_segment_ids is not None:
             arrays["q_segment_ids"] = self.rows(_of_all_heads(p.q_segment_ids))
             arrays["kv_segment_ids"] = self.rows(_of_all_heads(p.kv_segment_ids))
-        self.added = self._added(arrays)
+        # Hopper's forward takes a mask or bias of any layout.
+        self.added = self._added(arrays, any_layout=rows > 0)
+        if rows and self.config("forward", rows).kernel != "hopper_forward":
+            self.added = self._added(arrays, any_layout=False)
         return arrays
 
-    def _added(self, arrays: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    def _added(self, arrays: dict[str, tuple[int, ...]], any_layout: bool) -> dict[str, int]:
         """How tiles of a mask and bias come to shared memory; also says which options there are."""
         p = self.problem
         asked = [
@@ -557,17 +561,21 @@ class _Call(Planner):
             same = (_ROW, _HEAD) if self.packed else (_ROW,)
             return not any(arrays[name][field] for name in names for field in same)
 
-        def copied(names: list[str]) -> bool:
-            return len(names) == 1 and not self.packed and arrays[names[0]][_ACCESS] == _VECTORS
+        def copied(names: list[str], size: int) -> bool:
+            if len(names) > 1 or self.packed:
+                return False
+            if any_layout:  # where rows may lie in whole 4 bytes
+                return p.Lk * size % 4 == 0
+            return arrays[names[0]][_ACCESS] == _VECTORS
 
-        if p.attn_mask is not None and p.attn_mask.dtype == bool and copied(["attn_mask"]):
+        if p.attn_mask is not None and p.attn_mask.dtype == bool and copied(["attn_mask"], 1):
             numbers.remove("attn_mask")
             added |= {"bools": 1, "bools_one_row": one_row(["attn_mask"])}
             asked.append("bools")
         if numbers:
             array = p.attn_mask if numbers[0] == "attn_mask" else p.bias
             acc, size = np.dtype(p.acc), array.itemsize
-            is_copied = copied(numbers) and (size == 2 or array.dtype == acc)
+            is_copied = copied(numbers, size) and (size == 2 or array.dtype == acc)
             added |= {
                 "numbers_size": size if is_copied else acc.itemsize, "numbers_kind": _kind(array),
                 "numbers_copied": is_copied, "numbers_one_row": one_row(numbers),

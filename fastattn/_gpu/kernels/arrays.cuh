@@ -76,6 +76,14 @@ DEVICE void copy_16_bytes(void* to, const void* from, bool valid) {
   *(uint4*)to = valid ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
 #endif
 }
+DEVICE void copy_4_bytes(void* to, const void* from, bool valid) {
+#if kArch >= 80
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+               :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(valid ? 4 : 0) : "memory");
+#else
+  *(u32*)to = valid ? *(const u32*)from : 0;
+#endif
+}
 DEVICE void copies_commit() {
 #if kArch >= 80
   asm volatile("cp.async.commit_group;" ::: "memory");

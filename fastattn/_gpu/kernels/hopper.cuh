@@ -252,20 +252,27 @@ DEVICE u32 first_bits(int end) {
   const int count = (end >> 3) * 2 + min_of(end & 7, 2);
   return count >= 32 ? ~0u : (1u << max_of(count, 0)) - 1;
 }
-// Scores outside of the limits of their row, g or g + 8, become -inf.
-template <int N, class LimitsOf>
-DEVICE void exclude_outside(float (&s)[N][4], LimitsOf limits) {
+template <int N>
+DEVICE u32 bits_within(Limits seen) {
   const int t = threadIdx.x & 3;
+  return first_bits<N>(seen.end - 2 * t) & ~first_bits<N>(seen.begin - 2 * t);
+}
+// Scores whose bit is not among those of their row, g or g + 8, become -inf.
+template <int N, class BitsOf>
+DEVICE void exclude_others(float (&s)[N][4], BitsOf bits_of) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const Limits seen = limits(half);
-    const u32 bits = first_bits<N>(seen.end - 2 * t) & ~first_bits<N>(seen.begin - 2 * t);
+    const u32 bits = bits_of(half);
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
       for (int e = 0; e < 2; e++)
         if (!(bits >> (2 * n + e) & 1)) s[n][2 * half + e] = -infinity(float());
   }
+}
+template <int N, class LimitsOf>
+DEVICE void exclude_outside(float (&s)[N][4], LimitsOf limits) {
+  exclude_others(s, [&](int half) { return bits_within<N>(limits(half)); });
 }
 
 // Zeros times what is not finite are NaN, and what they are added to.

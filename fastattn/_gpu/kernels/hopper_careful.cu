@@ -14,6 +14,9 @@ DEVICE void load_factor(char* tile, float* weights, const Array& array, const ch
     load_halves_carefully<kWhose, kRows, kColumns>(tile, weights, array, row, rows, width, mode);
 }
 
+constexpr int kBytesOfRows = 4 * (kBr + 2 * kBc);  // weights
+constexpr int kBytesWeights = kHalves == 2 ? kBytesOfRows : 0;
+
 static_assert(kThreads == 128 * kGroups, "");
 static_assert(kThreads / 32 * kStage <= tile_bytes(kBc, kD) + tile_bytes(kBc, kDv), "");
 
@@ -26,6 +29,8 @@ hopper_careful(const __grid_constant__ Params p) {
   float* const weights_q = (float*)(sV + tile_bytes(kBc, kDv));  // of float32
   float* const weights_k = weights_q + kBr;
   float* const weights_v = weights_k + kBc;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  char* const added = (char*)weights_q + kBytesWeights + warp * 16 * kAddedRow;  // of the warp
   const int total = (int)(p.tiles * p.Hq * p.batch), step = (int)gridDim.x;
   const u32* const flags = (const u32*)p.flags;  // four warps' flags in each
   auto flagged = [&](int index) {
@@ -41,16 +46,16 @@ hopper_careful(const __grid_constant__ Params p) {
     if (!__syncthreads_or(any)) return;
   }
 
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const u64 of_q = along_rows(shared_address(sQ) + (warp >> 2) * 64 * 128);
   const u64 of_k = along_rows(shared_address(sK)), of_v = along_columns<kBc>(shared_address(sV));
-  const float log2_unit = (float)(p.scale * kLog2e);
+  const float log2_unit = (float)(unit_of(p) * kLog2e);
   for (i64 index = blockIdx.x; index < total; index += step) {
     if (flags && !flagged((int)index)) continue;
     const Turn turn = turn_of(index, p.tiles, p.Hq * p.batch);
     const int b = (int)(turn.head / p.Hq), h = (int)(turn.head % p.Hq), kv_head = h / (int)p.group;
     const int tile = (int)p.tiles - 1 - turn.tile;
     const Work work = work_of_tile(p, b, tile), own = work_of_group(p, b, tile, warp >> 2);
+    const RowOf row_of = {work.row0 + warp * 16, h};
     const int i = work.row0 + warp * 16 + (lane >> 2), kv_len = entry_of(p, b).kv_len;
     __syncthreads();
     load_factor<kOfQ, kBr, kD>(sQ, weights_q, p.q, p.q.at(b, h) + work.row0 * p.q.row,
@@ -62,12 +67,17 @@ hopper_careful(const __grid_constant__ Params p) {
       results.clear();
       rows.clear();
 #pragma unroll 1
-      for (int n = work.to - 1; n >= work.from; n--) {
+      for (int n = work.to - 1;; n--) {
+        const Step step = seek(p, b, h, tile, work.from, n);
+        n = step.n;
+        if (n < work.from) break;
         const int j = n * kBc;
         load_factor<kOfK, kBc, kD>(sK, weights_k, p.k, p.k.at(b, kv_head) + j * p.k.row,
                                    kv_len - j, (int)p.D, kUsual);
         load_factor<kOfV, kBc, kDv>(sV, weights_v, p.v, p.v.at(b, kv_head) + j * p.v.row,
                                     kv_len - j, (int)p.Dv, mode);
+        const bool adds = asks_added(step.needs), cut = mode != kUsual || own.cut(n);
+        if (adds) load_added_of<16>(p, added, b, h, row_of.i0, j);
         writes_to_async();
         __syncthreads();
         if (own.has(n)) {
@@ -90,8 +100,11 @@ hopper_careful(const __grid_constant__ Params p) {
                      [&](Place at) { return at.r < p.Lq ? of_row0 + at.r * p.q.row : nullptr; },
                      [&](Place at) { return at.c < kv_len ? of_key0 + at.c * p.k.row : nullptr; });
           }
-          if (mode != kUsual || own.cut(n)) scores.exclude(p, b, i, j);
-          rows.add(scores, scale, log2_unit, mode);
+          scores.apply(p, b, row_of, step, added, mode);
+          if (cut || (kBits && adds)) scores.exclude(p, b, i, j, adds ? added : nullptr, cut);
+          rows.add(p, scores, scale, log2_unit, mode);
+          if constexpr (has(kDropout))
+            if (mode != kTaint) scores.drop(draw<false, 1, kN>(p, b, j, PlaceOf(), row_of));
           results.factor_of(factor, scores, weights_v);
           results.rescale(scale);
           results.add(factor, of_v);

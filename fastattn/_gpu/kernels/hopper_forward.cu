@@ -14,9 +14,16 @@
 // In float32 the other three warps of the loader's warpgroup split what has come into halves, where
 // it lies (hopper_halves.cuh): the copy engine tells them, and they tell the warpgroups that
 // compute.
+//
+// Blocks that a mask or segments leave nothing of are skipped by the loader, which tells the others
+// what each block asks for. That is brought by other warps of the loader's warpgroup, one for each
+// warpgroup that computes.
 
 constexpr int kStages = 2;
 constexpr int kSplitters = kHalves == 2 ? 3 : 0;  // warps
+constexpr int kAdders = kAdds ? kGroups : 0;      // warps
+constexpr int kBytesAdded = 64 * kAddedRow;
+constexpr int kBytesRest = 512;  // barriers and what goes with them
 constexpr int kBytesQ = tile_bytes(kBr, kD);
 constexpr int kBytesK = tile_bytes(kBc, kD);
 constexpr int kBytesV = tile_bytes(kBc, kDv);
@@ -25,14 +32,16 @@ constexpr int kBytesO = kHalves == 2 ? kBytesPassed : kBytesTile;
 constexpr int kBytesOfRows = 4 * (kBr + 2 * kStages * kBc);  // weights
 constexpr int kBytesWeights = kHalves == 2 ? kBytesOfRows : 0;
 constexpr int kBuffers = kBytesQ + kStages * (kBytesK + kBytesV);
-constexpr int kMost = 227 * 1024 - 256 - kBytesWeights;
+constexpr int kMost = 227 * 1024 - kBytesRest - kBytesWeights - kAdders * kBytesAdded;
 constexpr bool kApart = kBuffers + kBytesO <= kMost;  // results have room of their own,
 constexpr int kAtO = kApart ? kBuffers : 0;           // else they take that of Q
-constexpr int kComputers = kHalves == 2 ? 216 : (kGroups == 2 ? 240 : 160);  // registers
-constexpr int kLoaders = kHalves == 2 ? 72 : (kGroups == 2 ? 24 : 32);
+constexpr int kMoved = kAdds && kDv < 256 ? 8 : 0;  // registers
+constexpr int kComputers = kHalves == 2 ? 216 : (kGroups == 2 ? 240 - kMoved : 160);
+constexpr int kLoaders = kHalves == 2 ? 72 : (kGroups == 2 ? 24 + 2 * kMoved : 32);
 
-// A tile of the work, as the loader hands it on; b = -1 is the end.
-struct alignas(16) Order { int b, h, tile, index; };
+// A tile of the work, as the loader hands it on, and whether it has any blocks of keys; b = -1 is
+// the end.
+struct alignas(16) Order { int b, h, tile, index, any; };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorMap map_q,
@@ -41,10 +50,12 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
   const u32 sQ = shared_address(shared), sK = sQ + kBytesQ, sV = sK + kStages * kBytesK;
   char* const rest = shared + kBuffers + (kApart ? kBytesO : 0);
   Order* const orders = (Order*)rest;  // two of them, in turn
-  float* const weights_q = (float*)(rest + 256);
+  float* const weights_q = (float*)(rest + kBytesRest);
   float* const weights_k = weights_q + kBr;  // for each of the buffers
   float* const weights_v = weights_k + kStages * kBc;
-  const u32 barriers = shared_address(rest) + 2 * sizeof(Order);
+  char* const added = rest + kBytesRest + kBytesWeights;
+  Step* const steps = (Step*)(orders + 2);  // of the blocks in K's buffers, where some are skipped
+  const u32 barriers = shared_address(steps + kStages);
   const u32 q_full = barriers, q_free = q_full + 8, order_full = q_free + 8,
             order_free = order_full + 16;
   const u32 k_full = order_free + 16, k_free = k_full + 8 * kStages;
@@ -54,17 +65,20 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
   const u32 q_there = kSplitters ? of_splitters : q_full;
   const u32 k_there = kSplitters ? of_splitters + 8 : k_full;
   const u32 v_there = kSplitters ? k_there + 8 * kStages : v_full;
+  const u32 step_full = v_free + 8 * kStages;
+  const u32 added_full = step_full + 8 * kStages, added_free = added_full + 8 * kGroups;
   if (threadIdx.x == 0) {
-    constexpr int kReaders = 4 * kGroups, kWriters = kSplitters ? kSplitters : 1;  // warps
+    constexpr int kLanes = 1;  // of a warp, that arrive for it
+    constexpr int kReaders = 4 * kGroups * kLanes, kWriters = kSplitters ? kSplitters * kLanes : 1;
     barrier_init(q_full, kWriters);
     barrier_init(q_free, kReaders);
     for (int x = 0; x < 2; x++) {
       barrier_init(order_full + 8 * x, 1);
-      barrier_init(order_free + 8 * x, kReaders + kSplitters);
+      barrier_init(order_free + 8 * x, kReaders + (kSplitters + kAdders) * kLanes);
     }
     for (int x = 0; x < kStages; x++) {
       barrier_init(k_full + 8 * x, kWriters);
-      barrier_init(k_free + 8 * x, kReaders);
+      barrier_init(k_free + 8 * x, kReaders + kAdders * kLanes);
       barrier_init(v_full + 8 * x, kWriters);
       barrier_init(v_free + 8 * x, kReaders);
     }
@@ -73,6 +87,13 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
       for (int x = 0; x < kStages; x++) {
         barrier_init(k_there + 8 * x, 1);
         barrier_init(v_there + 8 * x, 1);
+      }
+    }
+    if (kAdders) {
+      for (int x = 0; x < kStages; x++) barrier_init(step_full + 8 * x, 1);
+      for (int x = 0; x < kGroups; x++) {
+        barrier_init(added_full + 8 * x, kLanes);
+        barrier_init(added_free + 8 * x, 4 * kLanes);
       }
     }
     barriers_ready();
@@ -127,28 +148,61 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
         split_v();
       }
     }
+    if (kAdders && threadIdx.x >= 32) {
+      const int group = (threadIdx.x >> 5) - 1, lane = threadIdx.x & 31;
+      if (group >= kGroups) return;
+      int keys = 0, brought = 0;  // blocks so far, and those that something was brought for
+      for (int turn = 0;; turn++) {
+        const int slot = turn & 1;
+        barrier_wait(order_full + 8 * slot, turn >> 1 & 1);
+        const Order order = orders[slot];
+        __syncwarp();
+        if (lane == 0) barrier_arrive(order_free + 8 * slot);
+        if (order.b < 0) return;
+        for (int more = order.any; more; keys++) {
+          const int stage = keys % kStages;
+          barrier_wait(step_full + 8 * stage, keys / kStages & 1);
+          const Step step = steps[stage];
+          __syncwarp();
+          if (lane == 0) barrier_arrive(k_free + 8 * stage);
+          more = step.more;
+          if (!asks_added(step.needs)) continue;
+          barrier_wait(added_free + 8 * group, (brought & 1) ^ 1);
+          load_added_of<64>(p, added + group * kBytesAdded, order.b, order.h,
+                            order.tile * kBr + group * 64, step.n * kBc);
+          if (lane == 0) barrier_arrive(added_full + 8 * group);
+          brought++;
+        }
+      }
+    }
     if (threadIdx.x != 0) return;
     const int total = (int)(p.tiles * p.Hq * p.batch);
     int tiles = 0, keys = 0, values = 0;  // loaded so far
     for (int turn = 0, index = blockIdx.x;; turn++) {
       const int slot = turn & 1;
       barrier_wait(order_free + 8 * slot, (turn >> 1 & 1) ^ 1);
-      Order order = {-1, 0, 0, index};
+      Order order = {-1, 0, 0, index, 0};
+      Work work = {};
+      Step step = {};
       if (index < total) {
         const Turn next = turn_of(index, p.tiles, p.Hq * p.batch);
         order.b = (int)next.head / (int)p.Hq;
         order.h = (int)next.head % (int)p.Hq;
         order.tile = (int)p.tiles - 1 - next.tile;
+        work = work_of_tile(p, order.b, order.tile);
+        step = seek(p, order.b, order.h, order.tile, work.from, work.to - 1);
+        order.any = step.n >= work.from;
       }
       orders[slot] = order;
       barrier_arrive(order_full + 8 * slot);
       if (order.b < 0) break;
-      const Work work = work_of_tile(p, order.b, order.tile);
       const int kv_head = order.h / (int)p.group;
-      auto load_k = [&](int n) {
+      auto load_k = [&](const Step& step) {
         const int stage = keys % kStages;
         barrier_wait(k_free + 8 * stage, (keys / kStages & 1) ^ 1);
-        load_map<kBc, kD>(sK + stage * kBytesK, map_k, k_there + 8 * stage, n * kBc, kv_head,
+        if (kAdds) steps[stage] = step;
+        if (kAdders) barrier_arrive(step_full + 8 * stage);
+        load_map<kBc, kD>(sK + stage * kBytesK, map_k, k_there + 8 * stage, step.n * kBc, kv_head,
                           order.b);
         keys++;
       };
@@ -159,18 +213,27 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
                            order.b);
         values++;
       };
-      if (!work.empty()) {
+      if (order.any) {
         prefetch_map<kBr, kD>(map_q, work.row0, order.h, order.b);  // its place is in use for long
-        load_k(work.to - 1);
+        auto seek_after = [&](const Step& step) {
+          return seek(p, order.b, order.h, order.tile, work.from, step.n - 1);
+        };
+        Step next = seek_after(step);
+        step.more = next.n >= work.from;
+        load_k(step);
         barrier_wait(q_free, (tiles & 1) ^ 1);
         load_map<kBr, kD>(sQ, map_q, q_there, work.row0, order.h, order.b);
         tiles++;
 #pragma unroll 1
-        for (int n = work.to - 2; n >= work.from; n--) {
-          load_k(n);
-          load_v(n + 1);
+        while (step.more) {
+          const Step after = seek_after(next);
+          next.more = after.n >= work.from;
+          load_k(next);
+          load_v(step.n);
+          step = next;
+          next = after;
         }
-        load_v(work.from);
+        load_v(step.n);
       }
       index = p.next ? (int)gridDim.x + atomicAdd((int*)p.next, 1) : total;
     }
@@ -178,13 +241,13 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
   }
 
   registers_up<kComputers>();
-  // In float32 what the compiler keeps for one number of all lanes would not fit into registers.
-  const int warp = (kHalves == 2 ? threadIdx.x >> 5 : warp_number()) - 4, group = warp >> 2;
-  const int lane = threadIdx.x & 31;
+  // In float32 what the compiler keeps for one number of all lanes may not fit into registers.
+  const int warp = (kHalves == 2 && kD > 64 ? threadIdx.x >> 5 : warp_number()) - 4;
+  const int lane = threadIdx.x & 31, group = warp >> 2;
   const u64 of_q = along_rows(sQ + group * 64 * 128), of_k = along_rows(sK),
             of_v = along_columns<kBc>(sV);
-  const float log2_unit = (float)(p.scale * kLog2e);
-  int tiles = 0, blocks = 0;  // done so far
+  const float log2_unit = (float)(unit_of(p) * kLog2e);
+  int tiles = 0, blocks = 0, brought = 0;  // so far, as above
   for (int turn = 0;; turn++) {
     const int slot = turn & 1;
     barrier_wait(order_full + 8 * slot, turn >> 1 & 1);
@@ -193,7 +256,7 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
     if (lane == 0) barrier_arrive(order_free + 8 * slot);
     if (order.b < 0) return;
     const Work work = work_of_tile(p, order.b, order.tile);
-    const Work own = work_of_group(p, order.b, order.tile, warp_number() / 4 - 1);
+    const Work own = kAdds ? work : work_of_group(p, order.b, order.tile, warp_number() / 4 - 1);
     const int i = work.row0 + warp * 16 + (lane >> 2);
 
     Results results;
@@ -209,7 +272,7 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
     // Blocks that these rows do not see.
     auto pass = [&](int count) {
 #pragma unroll 1
-      for (; count > 0; count--, blocks++) {
+      for (; !kAdds && count > 0; count--, blocks++) {
         const int stage = blocks % kStages;
         wait_k(blocks);
         if (lane == 0) barrier_arrive(k_free + 8 * stage);
@@ -217,38 +280,65 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
         if (lane == 0) barrier_arrive(v_free + 8 * stage);
       }
     };
-    if (!work.empty()) barrier_wait(q_full, tiles & 1);
-    if (own.empty()) {
+    const bool any = kAdds ? order.any : !work.empty();
+    if (any) barrier_wait(q_full, tiles & 1);
+    if (kAdds ? !any : own.empty()) {
       pass(work.to - work.from);
-      if (kApart && !work.empty() && lane == 0) barrier_arrive(q_free);
+      if (kApart && any && lane == 0) barrier_arrive(q_free);
     } else {
       pass(work.to - own.to);
       Scores scores;
       Factor factor;
+      Kept<1, kN> kept;
       float scale[2];
-      int n = own.to - 1, stage = blocks % kStages;
-      // S is there: what is left of it, and its buffer is free.
-      auto finish_s = [&](int stage) {
+      int stage = blocks % kStages;
+      const RowOf row_of = {work.row0 + warp * 16, order.h};
+      const int pitch = kBits ? kAddedRow : has(kBools) ? bools_pitch(p) : numbers_pitch(p);
+      char* const of_warp = added + group * kBytesAdded + (warp & 3) * 16 * pitch;
+      // The block in a buffer of K that is there, which follows n + 1.
+      auto step_of = [&](int stage, int n) {
+        return kAdds ? steps[stage] : Step{n};
+      };
+      auto more = [&](const Step& step) { return kAdds ? step.more != 0 : step.n > own.from; };
+      auto draw_kept = [&](int n) {  // while registers are free
+        if constexpr (has(kDropout))
+          kept = draw<false, 1, kN>(p, order.b, n * kBc, PlaceOf(), row_of);
+      };
+      // S is there: what is left of it, and its buffer is free. It becomes P.
+      auto finish_s = [&](int stage, const Step& step) {
         scores.finish();
         if constexpr (kHalves == 2) {
           const float* const of_rows = weights_q + warp * 16 + (lane >> 2);
           weigh_scores(scores.s[0], of_rows, weights_k + stage * kBc, log2_unit);
-          __syncwarp();
         }
+        if (kHalves == 2 || kAdds) __syncwarp();  // weights or the step are read
         if (lane == 0) barrier_arrive(k_free + 8 * stage);
+        const bool adds = asks_added(step.needs), cut = own.cut(step.n);
+        if (adds) barrier_wait(added_full + 8 * group, brought & 1);
+        scores.apply(p, order.b, row_of, step, of_warp);
+        if (cut || (kBits && adds))
+          scores.exclude(p, order.b, i, step.n * kBc, adds ? of_warp : nullptr, cut);
+        if (adds) {
+          __syncwarp();
+          if (lane == 0) barrier_arrive(added_free + 8 * group);
+          brought++;
+        }
+        rows.add(p, scores, scale, log2_unit);
+        if constexpr (has(kDropout)) scores.drop(kept);
       };
       wait_k(blocks);
+      Step step = step_of(stage, own.to - 1);
       scores.start(of_q, of_k + (stage * kBytesK >> 4));
+      draw_kept(step.n);
       products_wait<0>();
-      finish_s(stage);
-      if (own.cut(n)) scores.exclude(p, order.b, i, n * kBc);
-      rows.add(scores, scale, log2_unit);
+      finish_s(stage, step);
       if (kHalves == 2) wait_v(stage, blocks);
       results.factor_of(factor, scores, weights_v + stage * kBc);
-      if (n > own.from) wait_k(blocks + 1);
+      if (more(step)) wait_k(blocks + 1);
 #pragma unroll 1
-      while (--n >= own.from) {
+      while (more(step)) {
         const int next = (blocks + 1) % kStages;
+        step = step_of(next, step.n - 1);
         if constexpr (kShares == 2) results.start<0>(factor, of_v + (stage * kBytesV >> 4));
         scores.start(of_q, of_k + (next * kBytesK >> 4));
         if constexpr (kShares == 2) {
@@ -257,13 +347,12 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
         }
         if (kHalves == 1) wait_v(stage, blocks);
         results.start<kShares - 1>(factor, of_v + (stage * kBytesV >> 4));
+        draw_kept(step.n);
         products_wait<1>();
-        finish_s(next);
-        if (own.cut(n)) scores.exclude(p, order.b, i, n * kBc);
-        rows.add(scores, scale, log2_unit);
+        finish_s(next, step);
         // Here, since the compiler moves a wait for products up to the branch before it, and the
         // softmax is to come before that.
-        if (n > own.from) wait_k(blocks + 2);
+        if (more(step)) wait_k(blocks + 2);
         products_wait<0>();
         results.end<kShares - 1>();
         if (lane == 0) barrier_arrive(v_free + 8 * stage);
@@ -310,7 +399,7 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
     }
     if (!kApart) writes_to_async();
     __syncwarp();
-    if (!kApart && !work.empty() && lane == 0) barrier_arrive(q_free);
-    if (!work.empty()) tiles++;
+    if (!kApart && any && lane == 0) barrier_arrive(q_free);
+    if (any) tiles++;
   }
 }

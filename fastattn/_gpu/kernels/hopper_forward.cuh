@@ -16,6 +16,10 @@ constexpr int kN = kBc / 8, kO = kDv / 8;
 constexpr int kMostSteps = 8 / kHalves;
 constexpr int kSteps = kD / 16, kFirstSteps = kSteps > kMostSteps ? kMostSteps : kSteps;
 constexpr int kShares = kHalves == 2 ? kDv / 64 : 1;  // of the columns of P V
+// What a block has besides its bounds: truths or numbers of a mask or bias, as they are, or which
+// pairs segments leave, as bits. Bytes of a row.
+constexpr bool kBits = has(kSegments), kAdds = has(kBools) || has(kNumbers) || has(kSegments);
+constexpr int kAddedRow = kBits ? 16 : has(kBools) ? kBc + 16 : (kBc + 8) * 2;
 
 // Rows of a query head, and the blocks of keys that they see.
 struct Work {
@@ -48,6 +52,103 @@ DEVICE Work work_of_tile(const Params& p, int b, int tile) {
 DEVICE Work work_of_group(const Params& p, int b, int tile, int group) {
   return work_of(p, b, tile * kBr + group * 64, 64);
 }
+
+// A block of keys, what it asks for (Needs), and whether another follows.
+struct alignas(16) Step { int n, needs, more; };
+
+DEVICE bool asks_added(int needs) {
+  return asks_bools(needs) || asks_numbers(needs) || asks_ids(needs);
+}
+
+// The next block that a tile of rows has to see, n or one before it; before `from` is the end.
+DEVICE Step seek(const Params& p, int b, int h, int tile, int from, int n) {
+  Step step = {n, 0, 0};
+  if constexpr (kAdds) {
+    for (; step.n >= from; step.n--) {
+      step.needs = needs_of(p, b, h, tile, step.n);
+      if (!(step.needs & kEmpty)) break;
+    }
+  }
+  return step;
+}
+
+// A warp brings a tile of a mask or bias, in chunks as large as its address and strides allow.
+template <class T, int kRows>
+DEVICE void load_added_rows(char* to, int pitch, const Array& array, const char* from, int rows,
+                            int columns) {
+  constexpr int kSize = sizeof(T);
+  if (array.access == kVectors) {
+    copy_tile<kSize, kRows, 32>(to, pitch, from, array.row, rows, columns);
+  } else if (array.column == kSize && ((i64)from | array.row) % 4 == 0) {
+    copy_tile<kSize, kRows, 32, 4>(to, pitch, from, array.row, rows, columns);
+  } else {
+#pragma unroll 4
+    for (int x = threadIdx.x & 31; x < (pitch ? kRows : 1) * kBc; x += 32) {
+      const int r = x / kBc, c = x % kBc;
+      T y = {};
+      if (r < rows && c < columns)
+        y = load<T>(from + r * array.row + c * array.column, array.access);
+      ((T*)(to + r * pitch))[c] = y;
+    }
+  }
+  copies_commit();
+  copies_wait<0>();
+}
+
+// A warp brings what there is for kRows rows from i0 on and the block of keys from j0 on. Of
+// segments, bit x of a row's word k is that of column 4 x + k.
+template <int kRows>
+DEVICE void load_added_of(const Params& p, char* to, int b, int h, int i0, int j0) {
+  if constexpr (kBits) {
+    const int lane = threadIdx.x & 31;
+    auto id = [&](const Array& of, int at, i64 end) {
+      return load<i64>(of.at(b, 0) + min_of((i64)at, end - 1) * of.row, of.access);
+    };
+    i64 of_rows, of_keys[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) of_keys[k] = id(p.kv_segment_ids, j0 + 4 * lane + k, p.Lk);
+#pragma unroll 1
+    for (int r = 0; r < kRows; r++) {
+      if (r % 32 == 0) of_rows = id(p.q_segment_ids, i0 + r + lane, p.Lq);
+      const i64 own = __shfl_sync(~0u, of_rows, r % 32);
+      u32 words[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) words[k] = __ballot_sync(~0u, own == of_keys[k]);
+      if (lane == 0) ((uint4*)to)[r] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  } else {
+    const Array& array = p.attn_mask.data ? p.attn_mask : p.bias;
+    const char* const from = array.at(b, h) + i0 * array.row + j0 * array.column;
+    const int rows = (int)p.Lq - i0, columns = (int)p.Lk - j0;
+    if constexpr (has(kBools))
+      load_added_rows<u8, kRows>(to, bools_pitch(p), array, from, rows, columns);
+    else
+      load_added_rows<Elem, kRows>(to, numbers_pitch(p), array, from, rows, columns);
+  }
+  __syncwarp();
+}
+
+// Bits of a thread's columns of row r: bit 2 n + e is that of column 8 n + 2 t + e.
+DEVICE u32 bits_of_row(const char* added, int r) {
+  const int t = threadIdx.x & 3;
+  const uint2 both = *(const uint2*)(added + r * kAddedRow + (t & 1) * 8);
+  return both.x >> (t >> 1) & 0x55555555 | (both.y >> (t >> 1) & 0x55555555) << 1;
+}
+
+// A thread's elements in the 16 rows of its warp, and their queries, i0 being the first.
+struct PlaceOf {
+  DEVICE Place operator()(int, int n, int e) const {
+    const int lane = threadIdx.x & 31;
+    return {(e >> 1) * 8 + (lane >> 2), n * 8 + 2 * (lane & 3) + (e & 1)};
+  }
+};
+struct RowOf {
+  int i0, h;
+  DEVICE Row operator()(int r) const { return {i0 + r, h}; }
+};
+
+// Scores are in these units.
+DEVICE double unit_of(const Params& p) { return in_natural_units(p) ? 1.0 : p.scale; }
 
 // S = Q K^T, a batch of products.
 struct Scores {
@@ -86,10 +187,28 @@ struct Scores {
         for (int e = 0; e < 4; e++) s[0][n][e] += rest[n][e];
     }
   }
-  // -inf where a bound excludes a pair: thread row i and the keys from j on.
-  DEVICE void exclude(const Params& p, int b, int i, int j) {
+  // Products become scores, by all options that change them; `added` is what there is for the rows
+  // of the warp.
+  DEVICE void apply(const Params& p, int b, RowOf row_of, const Step& step, char* added,
+                    int mode = kUsual) {
+    if constexpr (has(kSoftcap)) cap(p, s, [](int, int, int, Acc) {});
+    if constexpr (has(kAlibi) || has(kBools) || has(kNumbers))
+      apply_options<false>(p, entry_of(p, hidden(b)), s, step.needs, mode, added, step.n * kBc,
+                           PlaceOf(), row_of);
+  }
+  // What dropout leaves of P; NaN stays.
+  DEVICE void drop(const Kept<1, kN>& kept) {
+    for_each(s, [&](Acc& x, int m, int n, int e) { x = kept(m, n, e) ? x : x * 0; });
+  }
+  // -inf where bits, if there are any, or bounds, where `cut`, exclude a pair: thread row i and the
+  // keys from j on.
+  DEVICE void exclude(const Params& p, int b, int i, int j, const char* bits, bool cut) {
     const Entry entry = entry_of(p, hidden(b));
-    exclude_outside(s[0], [&](int half) { return keys_of_row(entry, hidden(i) + 8 * half, j); });
+    exclude_others(s[0], [&](int half) {
+      u32 seen = kBits && bits ? bits_of_row(bits, (threadIdx.x >> 2 & 7) + 8 * half) : ~0u;
+      if (cut) seen &= bits_within<kN>(keys_of_row(entry, hidden(i) + 8 * half, j));
+      return seen;
+    });
   }
 };
 
@@ -105,7 +224,8 @@ struct Rows {
 
   // Scores become exp(score - maximum), in the modes of arrays.cuh; what was summed so far is to be
   // multiplied by scale.
-  DEVICE void add(Scores& scores, float (&scale)[2], float log2_unit, int mode = kUsual) {
+  DEVICE void add(const Params& p, Scores& scores, float (&scale)[2], float log2_unit,
+                  int mode = kUsual) {
     auto& s = scores.s[0];
     float high[2] = {max[0], max[1]}, safe[2], part[2][2] = {};
 #pragma unroll
@@ -126,9 +246,11 @@ struct Rows {
       for (int e = 0; e < 4; e++) {
         float& x = s[n][e];
         const float most = safe[e >> 1];
+        // As in forward.cu: so far out, x is `most` or makes 0.
+        const float factor = in_natural_units(p) && abs_of(most) > 1e36f ? 1 : log2_unit;
         // In float32 the largest is exactly 1, so that little is lost where it is all there is.
         if (kHalves == 1 && mode < kScaled)
-          x = exp2_of(fma_of(x, log2_unit, -(most * log2_unit)));
+          x = exp2_of(fma_of(x, factor, -(most * factor)));
         else if (mode < kTaint)
           x = exp2_of((x - most) * log2_unit);
         else
@@ -240,8 +362,9 @@ struct Results {
       high[half] = rows.max[half];
       exists[half] = i + 8 * half < q_len;
       dead[half] = !exists[half] || (high[half] == none && sum[half] == 0);
-      if (high[half] != none) high[half] *= (float)p.scale;
+      if (high[half] != none) high[half] *= (float)unit_of(p);
       factor[half] = (mode == kScaled ? kUp : 1) * (kHalves == 2 ? kUnit : 1);
+      if (has(kDropout)) factor[half] *= (float)p.keep_scale;
     }
     if (p.sinks) {
       const float sink = ((const float*)p.sinks)[h];

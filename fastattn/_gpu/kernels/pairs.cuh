@@ -205,14 +205,16 @@ DEVICE char* numbers_at(const Params& p, char* added) {
 }
 
 // A tile of an array as it is, `from` being its first element, of which rows x columns exist.
-template <int kSize>
+template <int kSize, int kRows = kBr, int kBy = kThreads, int kChunk = 16>
 DEVICE void copy_tile(char* to, int pitch, const char* from, i64 stride, int rows, int columns) {
-  constexpr int kChunks = kBc * kSize / 16;
-  const int count = pitch ? kBr : 1;
+  constexpr int kChunks = kBc * kSize / kChunk;
+  const int count = pitch ? kRows : 1;
 #pragma unroll 2
-  for (int x = threadIdx.x; x < count * kChunks; x += kThreads) {
-    const int r = x / kChunks, c = x % kChunks * 16;
-    copy_16_bytes(to + r * pitch + c, from + r * stride + c, r < rows && c / kSize < columns);
+  for (int x = thread_of<kBy>(); x < count * kChunks; x += kBy) {
+    const int r = x / kChunks, c = x % kChunks * kChunk;
+    const bool valid = r < rows && c / kSize < columns;
+    if constexpr (kChunk == 16) copy_16_bytes(to + r * pitch + c, from + r * stride + c, valid);
+    else copy_4_bytes(to + r * pitch + c, from + r * stride + c, valid);
   }
 }
 
