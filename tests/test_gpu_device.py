@@ -1247,7 +1247,9 @@ def elementwise_options(rng, name, dtype, Lq, Lk):
         "causal bools": dict(attn_mask=below, sinks=np.array([0.5, -1, 3, 30])),
         "keys": dict(attn_mask=some[:, :1, 7:8], kv_lens=np.array([Lk, Lk // 3])),
         "queries": dict(attn_mask=some[:, :, :, 60:61]),
-        "numbers": dict(attn_mask=np.where(some, numbers, -inf), window_size=(None, 30)),
+        "numbers": dict(
+            attn_mask=np.where(some, numbers, -inf).astype(dtype), window_size=(None, 30)
+        ),
         "numbers of few tiles": dict(attn_mask=np.where(below, 0, -inf).astype(dtype)),
         "low numbers": dict(bias=np.full((4, 1, Lk), -6e4 if dtype == "f2" else -3e38, dtype)),
         "bias": dict(bias=numbers[0], q_lens=np.array([Lq // 2, Lq])),
@@ -1353,6 +1355,19 @@ def test_hopper_forward_with_options_and_many_tiles(name, D, L, Hq, ways, rng):
     assert set(ways) == {"maps"}
 
 
+def bounds_of_many_tiles(name, L):
+    """Of two batch entries. Lengths leave nothing of tiles between others."""
+    return {
+        "none": {},
+        "causal": dict(is_causal=True),
+        "lens": dict(q_lens=np.array([L, L // 2]), kv_lens=np.array([0, L // 4])),
+    }[name]
+
+
+def bounds_of_entry(bounds, b):
+    return {n: x if x is True else x[b : b + 1] for n, x in bounds.items()}
+
+
 @pytest.mark.parametrize(
     ("dtype", "D", "L", "Hq"),
     [
@@ -1360,28 +1375,29 @@ def test_hopper_forward_with_options_and_many_tiles(name, D, L, Hq, ways, rng):
         ("float32", 64, 1000, 40), ("float32", 128, 1100, 24),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_hopper_forward_with_more_tiles_than_multiprocessors(is_causal, dtype, D, L, Hq, ways, rng):
+@pytest.mark.parametrize("name", ["none", "causal", "lens"])
+def test_hopper_forward_with_more_tiles_than_multiprocessors(name, dtype, D, L, Hq, ways, rng):
     """Several tiles for each block; every head is as it is alone."""
-    options = dict(lead=(2,), Hq=Hq, Hkv=Hq // 4, Lq=L, Lk=L, D=D, is_causal=is_causal)
+    bounds = bounds_of_many_tiles(name, L)
+    options = dict(lead=(2,), Hq=Hq, Hkv=Hq // 4, Lq=L, Lk=L, D=D, **bounds)
     case = make_case(rng, DTYPES[dtype], **options)
     together = case.forward()
     assert_same_bits(case.forward()._asdict(), together._asdict())
     for b, h in ((0, 0), (1, Hq - 1), (1, 5)):
         kv = np.s_[b : b + 1, h // 4 : h // 4 + 1]
-        q = case.q[b : b + 1, h : h + 1]
-        alone = case.with_(q=q, k=case.k[kv], v=case.v[kv])
-        result = alone.forward()
-        assert_forward(q, case.k[kv], case.v[kv], *result, is_causal=is_causal)
+        q, own = case.q[b : b + 1, h : h + 1], bounds_of_entry(bounds, b)
+        result = case.with_(q=q, k=case.k[kv], v=case.v[kv], **own).forward()
+        assert_forward(q, case.k[kv], case.v[kv], *result, **own)
         assert_same_bits(together.out[b : b + 1, h : h + 1], result.out)
         assert_same_bits(together.lse[b : b + 1, h : h + 1], result.lse)
 
 
 @pytest.mark.parametrize(("D", "L", "Hq"), [(64, 1000, 40), (128, 1100, 24), (256, 700, 36)])
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_hopper_backward_with_more_tiles_than_multiprocessors(is_causal, D, L, Hq, ways, rng):
-    """Every head is as it is alone, and no call as another."""
-    options = dict(lead=(2,), Hq=Hq, Hkv=Hq // 4, Lq=L, Lk=L, D=D, is_causal=is_causal)
+@pytest.mark.parametrize("name", ["none", "causal", "lens"])
+def test_hopper_backward_with_more_tiles_than_multiprocessors(name, D, L, Hq, ways, rng):
+    """Every head is as it is alone, and every call as another."""
+    bounds = bounds_of_many_tiles(name, L)
+    options = dict(lead=(2,), Hq=Hq, Hkv=Hq // 4, Lq=L, Lk=L, D=D, **bounds)
     case = make_case(rng, DTYPES["bfloat16"], **options)
     out, lse = case.forward()
     together = gradients(case, (out, lse))
@@ -1389,7 +1405,8 @@ def test_hopper_backward_with_more_tiles_than_multiprocessors(is_causal, D, L, H
     for b, h in ((0, 0), (1, Hq // 4 - 1)):
         kv, q = np.s_[b : b + 1, h : h + 1], np.s_[b : b + 1, 4 * h : 4 * h + 4]
         alone = case.with_(
-            q=case.q[q], k=case.k[kv], v=case.v[kv], dout=case.dout[q], dlse=case.dlse[q]
+            q=case.q[q], k=case.k[kv], v=case.v[kv], dout=case.dout[q], dlse=case.dlse[q],
+            **bounds_of_entry(bounds, b),
         )
         result = gradients(alone, (out[q], lse[q]))
         for name, cut in (("dq", q), ("dk", kv), ("dv", kv)):

@@ -3,9 +3,9 @@
 // hopper_careful_q.cu and hopper_careful_kv.cu, which follow them as hopper_careful.cu does the
 // forward.
 
-// Blocks of the grid stay, and take tile after tile from a counter, so that a tile's first loads run
-// beside the end of the one before. The loading thread hands a tile's number on to kReaders warps,
-// through two slots in turn; -1 is the end.
+// Blocks of the grid stay, and take tile after tile from a counter, so that a tile's first loads
+// run beside the end of the one before. The loading thread hands a tile's number on to kReaders
+// warps, through two slots in turn; -1 is the end.
 template <int kReaders>
 struct Queue {
   int* slots;

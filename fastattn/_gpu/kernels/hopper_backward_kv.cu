@@ -31,7 +31,7 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
             sDelta = sLse + kStages * kBytesRows;
   char* const rest = shared + kBuffers + kApart * kBytesResults;
   const Queue<4 * kGroups> queue((int*)rest, shared_address(rest) + 8);
-  const Loader<kStages> loader(sK, sQ, sLse, shared_address(rest) + 8 + queue.kBytes);
+  const Loader<kStages, !kApart> loader(sK, sQ, sLse, shared_address(rest) + 8 + queue.kBytes);
   if (threadIdx.x == 0) {
     queue.init();
     loader.init();
@@ -73,9 +73,13 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
     const int j = work.key0 + part.key + warp % 4 * 16 + (lane >> 2);
     Results results;
     results.clear();
-    if (steps > 0) {
+    const bool has_kv = steps > 0 || !kApart;
+    if (has_kv) {
       barrier_wait(loader.k_full, tiles & 1);
       barrier_wait(loader.v_full, tiles & 1);
+      tiles++;
+    }
+    if (steps > 0) {
       Step step = first_step(p, work);
 #pragma unroll 1
       for (bool first = true; done < end; done++, first = false, step.next(work)) {
@@ -134,13 +138,10 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
     if (lane == 0) ((u8*)p.flags)[(i64)index * 4 * kGroups + warp] = odd;
     char* const tile_k = shared + kAtResults;
     results.write(p, work, part, tile_k, tile_k + kBytesK, kUsual);
-    if (steps > 0) {
-      tiles++;
-      if (!kApart) {
-        writes_to_async();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(loader.kv_free);
-      }
+    if (!kApart) {
+      writes_to_async();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(loader.kv_free);
     }
   }
 }

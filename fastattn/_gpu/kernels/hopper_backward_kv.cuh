@@ -154,9 +154,10 @@ DEVICE void store_shared(u32 tile, const u32 (&factor)[kN / 2][4], const Part& p
                  factor[k][1], factor[k][2], factor[k][3]);
 }
 
-// The fast kernels' barriers, and their loading thread: for each tile K and V, then Q and dO block by
-// block with their rows' numbers.
-template <int kStages>
+// The fast kernels' barriers, and their loading thread: for each tile K and V, then Q and dO block
+// by block with their rows' numbers. Where results take the place of K and V, so do the zeros of
+// tiles without steps: then kEveryTile waits for its turn.
+template <int kStages, bool kEveryTile>
 struct Loader {
   u32 k, v, q, o, lse, delta;  // buffers
   u32 k_full, v_full, kv_free, q_full, q_free, o_full, o_free;
@@ -188,10 +189,15 @@ struct Loader {
       const Work work = work_of(p, index);
       const int steps = steps_of(p, work);
       Step step = first_step(p, work);
-      if (steps > 0) {
+      if (kEveryTile || steps > 0) {
         barrier_wait(kv_free, (tiles & 1) ^ 1);
-        load_map<kBc, kD>(k, map_k, k_full, work.key0, work.kv_head, work.b);
         tiles++;
+      }
+      if (steps > 0) {
+        load_map<kBc, kD>(k, map_k, k_full, work.key0, work.kv_head, work.b);
+      } else if (kEveryTile) {
+        barrier_arrive(k_full);
+        barrier_arrive(v_full);
       }
 #pragma unroll 1
       for (int x = 0; x < steps; x++, loaded++, step.next(work)) {

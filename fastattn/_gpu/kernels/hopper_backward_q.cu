@@ -54,7 +54,7 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
     registers_down<kLoaders>();
     if (threadIdx.x != 128 * kGroups) return;
     const int total = (int)(p.tiles * p.Hq * p.batch);
-    int tiles = 0, keys = 0, values = 0;  // loaded so far
+    int tiles = 0, others = 0, keys = 0, values = 0;  // Q, dO, K, V loaded so far
     for (int turn = 0, index = blockIdx.x; queue.hand_on(turn, index, total); turn++) {
       const Work work = work_of(p, index);
       const int kv_head = work.h / (int)p.group;
@@ -72,13 +72,19 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
                            work.b);
         values++;
       };
+      if (!kApart && work.from >= work.to) {  // results of zeros take the place of Q
+        barrier_wait(q_free, (tiles & 1) ^ 1);
+        barrier_arrive(q_full);
+        tiles++;
+      }
       if (work.from < work.to) {
         load_k(work.from);
         barrier_wait(q_free, (tiles & 1) ^ 1);
         load_map<kBr, kD>(sQ, map_q, q_full, work.row0, work.h, work.b);
-        barrier_wait(o_free, (tiles & 1) ^ 1);
+        barrier_wait(o_free, (others & 1) ^ 1);
         load_map<kBr, kDv>(sO, map_o, o_full, work.row0, work.h, work.b);
         tiles++;
+        others++;
         load_v(work.from);
 #pragma unroll 1
         for (int n = work.from + 1; n < work.to; n++) {
@@ -96,7 +102,7 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
   const u64 of_q = along_rows(sQ + group * 64 * 128), of_o = along_rows(sO + group * 64 * 128);
   const u64 of_k = along_rows(sK), of_v = along_rows(sV), turned_k = along_columns<kBc>(sK);
   const float log2_unit = (float)(p.scale * kLog2e);
-  int tiles = 0, blocks = 0;  // done so far
+  int tiles = 0, others = 0, blocks = 0;  // Q, dO, K and V done so far
   for (int turn = 0;; turn++) {
     const int index = queue.take(turn);
     if (index < 0) return;
@@ -106,9 +112,10 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
     Rows rows;
     clear(dq);
     rows.load(p, work, i);
-    if (work.from < work.to) {
-      barrier_wait(q_full, tiles & 1);
-      barrier_wait(o_full, tiles & 1);
+    const bool any = work.from < work.to, has_q = any || !kApart;
+    if (has_q) barrier_wait(q_full, tiles & 1);
+    if (any) {
+      barrier_wait(o_full, others & 1);
 #pragma unroll 1
       for (int n = work.from; n < work.to; n++, blocks++) {
         const int at_k = blocks % kStagesK, at_v = blocks % kStagesV;
@@ -150,6 +157,7 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
         barrier_arrive(o_free);
         if (kApart) barrier_arrive(q_free);
       }
+      others++;
       products_wait<0>();
       settle(dq);
       if (kRunsOn && lane == 0) barrier_arrive(k_free + 8 * ((blocks - 1) % kStagesK));
@@ -158,13 +166,11 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
     const bool odd = __any_sync(~0u, finish(dq, rows));
     if (lane == 0) ((u8*)p.flags)[(i64)index * 4 * kGroups + warp] = odd;
     write_rows(p, work, dq, shared + kAtResults, kUsual);
-    if (work.from < work.to) {
-      tiles++;
-      if (!kApart) {
-        writes_to_async();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(q_free);
-      }
+    if (!kApart) {
+      writes_to_async();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(q_free);
     }
+    if (has_q) tiles++;
   }
 }

@@ -37,7 +37,7 @@ hopper_backward_qkv(const __grid_constant__ Params p, const __grid_constant__ Te
             sLse = sSums + kGroups * kBytesSums, sDelta = sLse + kStages * kBytesRows;
   char* const rest = shared + kBuffers;
   const Queue<4 * kGroups> queue((int*)rest, shared_address(rest) + 8);
-  const Loader<kStages> loader(sK, sQ, sLse, shared_address(rest) + 8 + queue.kBytes);
+  const Loader<kStages, false> loader(sK, sQ, sLse, shared_address(rest) + 8 + queue.kBytes);
   if (threadIdx.x == 0) {
     queue.init();
     loader.init();

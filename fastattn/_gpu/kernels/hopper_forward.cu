@@ -213,6 +213,11 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
                            order.b);
         values++;
       };
+      if (!kApart && !order.any) {  // results of zeros take the place of Q
+        barrier_wait(q_free, (tiles & 1) ^ 1);
+        barrier_arrive(q_there);
+        tiles++;
+      }
       if (order.any) {
         prefetch_map<kBr, kD>(map_q, work.row0, order.h, order.b);  // its place is in use for long
         auto seek_after = [&](const Step& step) {
@@ -281,7 +286,8 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
       }
     };
     const bool any = kAdds ? order.any : !work.empty();
-    if (any) barrier_wait(q_full, tiles & 1);
+    const bool has_q = any || !kApart;
+    if (has_q) barrier_wait(q_full, tiles & 1);
     if (kAdds ? !any : own.empty()) {
       pass(work.to - work.from);
       if (kApart && any && lane == 0) barrier_arrive(q_free);
@@ -399,7 +405,7 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
     }
     if (!kApart) writes_to_async();
     __syncwarp();
-    if (!kApart && any && lane == 0) barrier_arrive(q_free);
-    if (any) tiles++;
+    if (!kApart && lane == 0) barrier_arrive(q_free);
+    if (has_q) tiles++;
   }
 }
