@@ -1327,7 +1327,7 @@ def test_hopper_forward_with_options_keeps_poison_where_it_belongs(name, D, ways
 
 
 @pytest.mark.parametrize(("D", "L", "Hq"), [(64, 1000, 24), (128, 1100, 16), (256, 700, 20)])
-@pytest.mark.parametrize("name", ["bools", "numbers", "segments", "dropout"])
+@pytest.mark.parametrize("name", ["bools", "numbers", "segments", "window", "dropout"])
 def test_hopper_forward_with_options_and_many_tiles(name, D, L, Hq, ways, rng):
     """Several tiles for each block, some of them without any keys; every head is as it is alone,
     but for dropout, which is drawn by heads."""
@@ -1337,6 +1337,8 @@ def test_hopper_forward_with_options_and_many_tiles(name, D, L, Hq, ways, rng):
         "bools": dict(attn_mask=below),
         "numbers": dict(attn_mask=np.where(below, 0.5, -inf).astype(DTYPES["bfloat16"])),
         "segments": dict(q_segment_ids=np.arange(L) // 150, kv_segment_ids=np.arange(L) // 150 * 2),
+        # Some warpgroups are left nothing of the blocks that they see, but others are.
+        "window": dict(attn_mask=np.arange(L) // 128 % 2 == 0, window_size=(32, 0)),
         "dropout": dict(dropout_p=0.5, seed=3),
     }[name]
     shape = dict(lead=(2,), Hq=Hq, Hkv=Hq // 4, Lq=L, Lk=L, D=D)
@@ -1407,7 +1409,7 @@ def test_hopper_backward_with_more_tiles_than_multiprocessors(name, D, L, Hq, wa
         alone = case.with_(
             q=case.q[q], k=case.k[kv], v=case.v[kv], dout=case.dout[q], dlse=case.dlse[q],
             **bounds_of_entry(bounds, b),
-        )
+        )  # fmt: skip
         result = gradients(alone, (out[q], lse[q]))
         for name, cut in (("dq", q), ("dk", kv), ("dv", kv)):
             assert_same_bits(together[name][cut], result[name], name)

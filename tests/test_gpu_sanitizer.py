@@ -81,7 +81,7 @@ def all_lanes_arrive(kernel, text):
         text = text.replace(old, new)
     lane_0 = r"(\(threadIdx\.x & 31\)|lane) == 0(?=\)( \{\n)? *barrier_arrive\()"
     text, count = re.subn(lane_0, "true", text)
-    assert count == (12 if "forward" in kernel else 1), count
+    assert count == (15 if "forward" in kernel else 1), count
     return text
 
 

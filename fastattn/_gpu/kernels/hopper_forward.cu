@@ -39,9 +39,8 @@ constexpr int kMoved = kAdds && kDv < 256 ? 8 : 0;  // registers
 constexpr int kComputers = kHalves == 2 ? 216 : (kGroups == 2 ? 240 - kMoved : 160);
 constexpr int kLoaders = kHalves == 2 ? 72 : (kGroups == 2 ? 24 + 2 * kMoved : 32);
 
-// A tile of the work, as the loader hands it on, and whether it has any blocks of keys; b = -1 is
-// the end.
-struct alignas(16) Order { int b, h, tile, index, any; };
+// A tile of the work, as the loader hands it on, and its first block; b = -1 is the end.
+struct alignas(16) Order { int b, h, tile, index, first; };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorMap map_q,
@@ -159,14 +158,15 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
         __syncwarp();
         if (lane == 0) barrier_arrive(order_free + 8 * slot);
         if (order.b < 0) return;
-        for (int more = order.any; more; keys++) {
+        const Work own = work_of_group(p, order.b, order.tile, group);
+        for (int n = order.first; n >= 0; keys++) {
           const int stage = keys % kStages;
           barrier_wait(step_full + 8 * stage, keys / kStages & 1);
           const Step step = steps[stage];
           __syncwarp();
           if (lane == 0) barrier_arrive(k_free + 8 * stage);
-          more = step.more;
-          if (!asks_added(step.needs)) continue;
+          n = step.next;
+          if (!asks_added(step.needs) || !own.has(step.n)) continue;
           barrier_wait(added_free + 8 * group, (brought & 1) ^ 1);
           load_added_of<64>(p, added + group * kBytesAdded, order.b, order.h,
                             order.tile * kBr + group * 64, step.n * kBc);
@@ -181,7 +181,7 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
     for (int turn = 0, index = blockIdx.x;; turn++) {
       const int slot = turn & 1;
       barrier_wait(order_free + 8 * slot, (turn >> 1 & 1) ^ 1);
-      Order order = {-1, 0, 0, index, 0};
+      Order order = {-1, 0, 0, index, -1};
       Work work = {};
       Step step = {};
       if (index < total) {
@@ -191,7 +191,7 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
         order.tile = (int)p.tiles - 1 - next.tile;
         work = work_of_tile(p, order.b, order.tile);
         step = seek(p, order.b, order.h, order.tile, work.from, work.to - 1);
-        order.any = step.n >= work.from;
+        if (step.n >= work.from) order.first = step.n;
       }
       orders[slot] = order;
       barrier_arrive(order_full + 8 * slot);
@@ -213,32 +213,31 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
                            order.b);
         values++;
       };
-      if (!kApart && !order.any) {  // results of zeros take the place of Q
-        barrier_wait(q_free, (tiles & 1) ^ 1);
-        barrier_arrive(q_there);
-        tiles++;
-      }
-      if (order.any) {
+      if (order.first >= 0) {
         prefetch_map<kBr, kD>(map_q, work.row0, order.h, order.b);  // its place is in use for long
-        auto seek_after = [&](const Step& step) {
-          return seek(p, order.b, order.h, order.tile, work.from, step.n - 1);
+        auto seek_after = [&](Step& step) {
+          const Step next = seek(p, order.b, order.h, order.tile, work.from, step.n - 1);
+          step.next = next.n >= work.from ? next.n : -1;
+          return next;
         };
         Step next = seek_after(step);
-        step.more = next.n >= work.from;
         load_k(step);
         barrier_wait(q_free, (tiles & 1) ^ 1);
         load_map<kBr, kD>(sQ, map_q, q_there, work.row0, order.h, order.b);
         tiles++;
 #pragma unroll 1
-        while (step.more) {
+        while (step.next >= 0) {
           const Step after = seek_after(next);
-          next.more = after.n >= work.from;
           load_k(next);
           load_v(step.n);
           step = next;
           next = after;
         }
         load_v(step.n);
+      } else if (!kApart) {  // results of zeros take the place of Q
+        barrier_wait(q_free, (tiles & 1) ^ 1);
+        barrier_arrive(q_there);
+        tiles++;
       }
       index = p.next ? (int)gridDim.x + atomicAdd((int*)p.next, 1) : total;
     }
@@ -261,7 +260,7 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
     if (lane == 0) barrier_arrive(order_free + 8 * slot);
     if (order.b < 0) return;
     const Work work = work_of_tile(p, order.b, order.tile);
-    const Work own = kAdds ? work : work_of_group(p, order.b, order.tile, warp_number() / 4 - 1);
+    const Work own = work_of_group(p, order.b, order.tile, warp_number() / 4 - 1);
     const int i = work.row0 + warp * 16 + (lane >> 2);
 
     Results results;
@@ -274,25 +273,29 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
     auto wait_v = [&](int stage, int block) {
       barrier_wait(v_full + 8 * stage, block / kStages & 1);
     };
-    // Blocks that these rows do not see.
-    auto pass = [&](int count) {
+    // The block in a buffer of K that is there.
+    auto step_of = [&](int stage, int n) { return kAdds ? steps[stage] : Step{n, 0, n - 1}; };
+    int n = kAdds ? order.first : work.to - 1;  // the next block
+    // Blocks that these rows do not see, down to `end`.
+    auto pass = [&](int end) {
 #pragma unroll 1
-      for (; !kAdds && count > 0; count--, blocks++) {
+      for (; n >= end; blocks++) {
         const int stage = blocks % kStages;
         wait_k(blocks);
+        n = step_of(stage, n).next;
+        if (kAdds) __syncwarp();
         if (lane == 0) barrier_arrive(k_free + 8 * stage);
         wait_v(stage, blocks);
         if (lane == 0) barrier_arrive(v_free + 8 * stage);
       }
     };
-    const bool any = kAdds ? order.any : !work.empty();
-    const bool has_q = any || !kApart;
+    const bool has_q = !kApart || n >= work.from;
     if (has_q) barrier_wait(q_full, tiles & 1);
-    if (kAdds ? !any : own.empty()) {
-      pass(work.to - work.from);
-      if (kApart && any && lane == 0) barrier_arrive(q_free);
+    pass(own.to);
+    if (n < own.from) {
+      pass(work.from);
+      if (kApart && has_q && lane == 0) barrier_arrive(q_free);
     } else {
-      pass(work.to - own.to);
       Scores scores;
       Factor factor;
       Kept<1, kN> kept;
@@ -301,11 +304,6 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
       const RowOf row_of = {work.row0 + warp * 16, order.h};
       const int pitch = kBits ? kAddedRow : has(kBools) ? bools_pitch(p) : numbers_pitch(p);
       char* const of_warp = added + group * kBytesAdded + (warp & 3) * 16 * pitch;
-      // The block in a buffer of K that is there, which follows n + 1.
-      auto step_of = [&](int stage, int n) {
-        return kAdds ? steps[stage] : Step{n};
-      };
-      auto more = [&](const Step& step) { return kAdds ? step.more != 0 : step.n > own.from; };
       auto draw_kept = [&](int n) {  // while registers are free
         if constexpr (has(kDropout))
           kept = draw<false, 1, kN>(p, order.b, n * kBc, PlaceOf(), row_of);
@@ -333,18 +331,18 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
         if constexpr (has(kDropout)) scores.drop(kept);
       };
       wait_k(blocks);
-      Step step = step_of(stage, own.to - 1);
+      Step step = step_of(stage, n);
       scores.start(of_q, of_k + (stage * kBytesK >> 4));
       draw_kept(step.n);
       products_wait<0>();
       finish_s(stage, step);
       if (kHalves == 2) wait_v(stage, blocks);
       results.factor_of(factor, scores, weights_v + stage * kBc);
-      if (more(step)) wait_k(blocks + 1);
+      if (step.next >= own.from) wait_k(blocks + 1);
 #pragma unroll 1
-      while (more(step)) {
+      while (step.next >= own.from) {
         const int next = (blocks + 1) % kStages;
-        step = step_of(next, step.n - 1);
+        step = step_of(next, step.next);
         if constexpr (kShares == 2) results.start<0>(factor, of_v + (stage * kBytesV >> 4));
         scores.start(of_q, of_k + (next * kBytesK >> 4));
         if constexpr (kShares == 2) {
@@ -358,7 +356,7 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
         finish_s(next, step);
         // Here, since the compiler moves a wait for products up to the branch before it, and the
         // softmax is to come before that.
-        if (more(step)) wait_k(blocks + 2);
+        if (step.next >= own.from) wait_k(blocks + 2);
         products_wait<0>();
         results.end<kShares - 1>();
         if (lane == 0) barrier_arrive(v_free + 8 * stage);
@@ -374,7 +372,8 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
       if (kHalves == 2) __syncwarp();  // weights are read
       if (lane == 0) barrier_arrive(v_free + 8 * stage);
       blocks++;
-      pass(own.from - work.from);
+      n = step.next;
+      pass(work.from);
     }
 
     const bool odd = __any_sync(~0u, results.finish(p, rows, order.b, order.h, i, kUsual));

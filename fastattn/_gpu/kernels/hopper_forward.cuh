@@ -53,16 +53,16 @@ DEVICE Work work_of_group(const Params& p, int b, int tile, int group) {
   return work_of(p, b, tile * kBr + group * 64, 64);
 }
 
-// A block of keys, what it asks for (Needs), and whether another follows.
-struct alignas(16) Step { int n, needs, more; };
+// A block of keys, what it asks for (Needs), and which one follows; before Work::from is the end.
+struct alignas(16) Step { int n, needs, next; };
 
 DEVICE bool asks_added(int needs) {
   return asks_bools(needs) || asks_numbers(needs) || asks_ids(needs);
 }
 
-// The next block that a tile of rows has to see, n or one before it; before `from` is the end.
+// The next block that a tile of rows has to see, n or one before it.
 DEVICE Step seek(const Params& p, int b, int h, int tile, int from, int n) {
-  Step step = {n, 0, 0};
+  Step step = {n};
   if constexpr (kAdds) {
     for (; step.n >= from; step.n--) {
       step.needs = needs_of(p, b, h, tile, step.n);
