@@ -202,14 +202,17 @@ def test_hopper_kernels_compile(nvrtc, kernel):
 
 
 def jobs_of_halves():
-    """float32 on Hopper: forward."""
-    fast = [chosen("forward", 90, "float32", D) for D in (64, 128)]
-    return [(c, 90) for f in fast for c in (f, config.careful(f))]
+    """float32 on Hopper."""
+    fast = [chosen(kernel, 90, "float32", D) for kernel in HOPPER for D in (64, 128)]
+    splits = dict.fromkeys(filter(None, map(config.splitter, fast)))
+    return [(c, 90) for f in fast for c in (f, config.careful(f))] + [(c, 90) for c in splits]
 
 
 def test_hopper_kernels_of_halves_compile_and_spill_nothing(nvrtc):
     jobs = jobs_of_halves()
-    assert {c.kernel for c, _ in jobs} == {"hopper_forward", "hopper_careful"}
+    names = ["forward", "careful", "halves_q", "careful_halves_q", "halves_kv", "careful_halves_kv"]
+    names += ["split"]
+    assert {c.kernel for c, _ in jobs} == {f"hopper_{name}" for name in names}
     compile_all(nvrtc, jobs)
     for c, arch in jobs[::2]:  # what computes has as many registers as it fills
         log = nvrtc.compile(source.assemble(c), arch, c.family)

@@ -964,7 +964,9 @@ HOPPER_OPTIONS = {
 HOPPER_HEADS = [
     (8, 8), (40, 40), (64, 64), (72, 96), (128, 128), (136, 24), (192, 192), (192, 128), (256, 256)
 ]  # fmt: skip
-HOPPER_HEADS_OF_FLOAT32 = [(4, 4), (40, 40), (64, 64), (12, 100), (128, 128), (128, 20)]
+HOPPER_HEADS_OF_FLOAT32 = [
+    (4, 4), (40, 40), (64, 64), (12, 100), (16, 72), (128, 128), (128, 20),
+]  # fmt: skip
 
 
 def hopper_cases(rng, sizes, name, **heads):
@@ -999,10 +1001,15 @@ def test_hopper_forward_keeps_to_the_oracle_either_way(D, Dv, dtypes, name, ways
 
 
 @pytest.mark.parametrize("name", HOPPER_OPTIONS)
-@pytest.mark.parametrize(("D", "Dv"), HOPPER_HEADS)
-def test_hopper_backward_keeps_to_the_oracle_either_way(D, Dv, name, ways, rng):
+@pytest.mark.parametrize(
+    ("D", "Dv", "dtypes"),
+    [(*head, "bfloat16 float16") for head in HOPPER_HEADS]
+    + [(*head, "float32") for head in HOPPER_HEADS_OF_FLOAT32 if min(head) >= 16],
+)
+def test_hopper_backward_keeps_to_the_oracle_either_way(D, Dv, dtypes, name, ways, rng):
     """To the same bits."""
-    sizes = ((300, 257, "bfloat16"), (65, 128, "float16"), (1, 63, "bfloat16"))
+    lengths = ((300, 257), (65, 128), (1, 63))
+    sizes = [(*n, dtype) for n, dtype in zip(lengths, itertools.cycle(dtypes.split()))]
     for case in hopper_cases(rng, sizes, name, D=D, Dv=Dv):
         ways.only_loads = False
         results = case.check()
@@ -1098,10 +1105,13 @@ def test_hopper_forward_in_any_layout_has_the_same_bits(dtype, D, ways, rng):
         assert ways[-1] == way
 
 
-@pytest.mark.parametrize("D", [64, 128, 192, 256])
-def test_hopper_backward_in_any_layout_has_the_same_bits(D, ways, rng):
+@pytest.mark.parametrize(
+    ("dtype", "D"),
+    [*(("bfloat16", D) for D in (64, 128, 192, 256)), ("float32", 64), ("float32", 128)],
+)
+def test_hopper_backward_in_any_layout_has_the_same_bits(dtype, D, ways, rng):
     case = make_case(
-        rng, DTYPES["bfloat16"], lead=(2,), Hq=4, Hkv=2, Lq=300, Lk=270, D=D, is_causal=True
+        rng, DTYPES[dtype], lead=(2,), Hq=4, Hkv=2, Lq=300, Lk=270, D=D, is_causal=True
     )
     results = case.forward()
     expected = gradients(case, results)
@@ -1109,7 +1119,8 @@ def test_hopper_backward_in_any_layout_has_the_same_bits(D, ways, rng):
         for names in (("q", "k", "v", "dout"), ("dout",)):
             other = case.with_(**{name: change(getattr(case, name)) for name in names})
             assert_same_bits(gradients(other, results), expected, change.__name__)
-            assert ways[-2:] == [way, way]
+            own = "maps" if dtype == "float32" else way  # halves lie as they are wanted
+            assert ways[-2:] == [own, own]
 
 
 @pytest.mark.parametrize("repeated", ["heads", "keys"])
@@ -1146,8 +1157,14 @@ def test_hopper_forward_keeps_poison_where_it_belongs(dtype, D, ways, rng):
         assert not np.isfinite(found["out"][0, :, 210:].astype(np.float32)).any()
 
 
-@pytest.mark.parametrize("D", [64, 128, 256])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "D"),
+    [
+        *itertools.product(("float16", "bfloat16"), (64, 128, 256)),
+        ("float32", 64),
+        ("float32", 128),
+    ],
+)
 def test_hopper_backward_keeps_poison_where_it_belongs(dtype, D, ways, rng):
     lens = np.array([400, 333])
     case = make_case(
@@ -1204,6 +1221,51 @@ def test_hopper_forward_of_float32_of_any_size(D, name, ways, rng):
     ways.only_loads = True
     assert_same_bits(case.forward()._asdict(), result._asdict())
     assert ways == ["maps", "loads"]
+
+
+# Likewise of a backward: what changes, and of which the inverse is another's factor.
+GRADIENT_SIZES = {
+    "rows of dout": (("dout",), -2, -4, 4), "small rows of dout": (("dout",), -2, -30, -10),
+    "rows of q": (("q",), -2, -6, 0), "rows of v": (("v",), -2, -20, 4),
+    "columns of k": (("k", "q"), -1, -6, 6), "columns of v": (("v", "dout"), -1, -2, 2),
+    "far columns of v": (("v", "dout"), -1, -6, 6), "small v": (("v",), -2, -30, -30),
+    "large v": (("v", "dout"), -1, 25, 25), "large q": (("q", "k"), -1, 25, 25),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRADIENT_SIZES)
+@pytest.mark.parametrize("D", [64, 128])
+def test_hopper_backward_of_float32_of_any_size(D, name, ways, rng):
+    """As accurate as ever, and to the same bits either way."""
+    which, axis, low, high = GRADIENT_SIZES[name]
+    case = make_case(rng, np.float32, Hq=2, Lq=150, Lk=200, D=D, is_causal=True)
+    shape = [1] * 3
+    shape[axis] = getattr(case, which[0]).shape[axis]
+    factor = (10.0 ** rng.uniform(low, high, shape)).astype(np.float32)
+    case = case.with_(**{which[0]: getattr(case, which[0]) * factor})
+    if len(which) == 2:
+        case = case.with_(**{which[1]: getattr(case, which[1]) / factor})
+    results = case.check()
+    ways.only_loads = True
+    assert_same_bits(case.run(), results)
+    assert ways[-2:] == ["loads", "loads"]
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_hopper_backward_of_float32_leaves_little_to_be_done_again(D, ways, rng, monkeypatch):
+    """Nothing of ordinary numbers, causal rows of few keys among them."""
+    from fastattn._gpu import driver
+
+    monkeypatch.setattr(driver._Call, "launch_again", lambda call, config, blocks: None)
+    case = make_case(rng, np.float32, Hq=4, Lq=1000, Lk=1000, D=D, is_causal=True)
+    case.check()
+    outlier = np.where(np.arange(D) == 3, 300, 1).astype(np.float32)
+    dout = np.where(np.arange(D) < 3, case.dout, 0).astype(np.float32)
+    case.with_(v=case.v * outlier, k=case.k * outlier, dout=dout).check()
+    out, lse = case.forward()
+    far = (10.0 ** rng.uniform(-9, 9, D)).astype(np.float32)
+    other = case.with_(v=case.v * far, dout=case.dout / far)
+    assert not np.isfinite(other.backward(out, lse).dq).any()
 
 
 def test_hopper_forward_of_large_values_is_finite(ways, rng):
@@ -1394,13 +1456,19 @@ def test_hopper_forward_with_more_tiles_than_multiprocessors(name, dtype, D, L, 
         assert_same_bits(together.lse[b : b + 1, h : h + 1], result.lse)
 
 
-@pytest.mark.parametrize(("D", "L", "Hq"), [(64, 1000, 40), (128, 1100, 24), (256, 700, 36)])
+@pytest.mark.parametrize(
+    ("dtype", "D", "L", "Hq"),
+    [
+        ("bfloat16", 64, 1000, 40), ("bfloat16", 128, 1100, 24), ("bfloat16", 256, 700, 36),
+        ("float32", 64, 1000, 40), ("float32", 128, 1100, 24),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["none", "causal", "lens"])
-def test_hopper_backward_with_more_tiles_than_multiprocessors(name, D, L, Hq, ways, rng):
+def test_hopper_backward_with_more_tiles_than_multiprocessors(name, dtype, D, L, Hq, ways, rng):
     """Every head is as it is alone, and every call as another."""
     bounds = bounds_of_many_tiles(name, L)
     options = dict(lead=(2,), Hq=Hq, Hkv=Hq // 4, Lq=L, Lk=L, D=D, **bounds)
-    case = make_case(rng, DTYPES["bfloat16"], **options)
+    case = make_case(rng, DTYPES[dtype], **options)
     out, lse = case.forward()
     together = gradients(case, (out, lse))
     assert_same_bits(gradients(case, (out, lse)), together)

@@ -91,7 +91,8 @@ def test_choice_is_listed_and_holds_the_head(arch, family):
                 c = config.choose(kernel, arch, family, dtype, options, D, Dv, rows)
                 assert c in listed and c.dtype == dtype
                 if c.kernel in config.HOPPER_KERNELS:
-                    assert c.kernel == f"hopper_{kernel}" and family == c.family == "sm_90a"
+                    assert c.kernel == on_hopper(kernel, dtype)
+                    assert family == c.family == "sm_90a"
                     assert config.careful(c) in listed
                 else:
                     few = rows == 16 and not (options or c.walk)
@@ -137,19 +138,26 @@ def test_families():
     assert config.default_family(90, older) == config.default_family(89) == "sm_80"
 
 
+def on_hopper(kernel, dtype):
+    """The name of Hopper's own kernel."""
+    return f"hopper_{kernel.replace('backward', 'halves') if dtype == 'float32' else kernel}"
+
+
 HOPPER = [c for c in config.configs(90, "sm_90a") if c.kernel in config.HOPPER_KERNELS]
 
 
 @pytest.mark.parametrize("own", ["forward", "backward_q", "backward_kv"])
 def test_hopper_serves_many_rows(own):
-    """Of 16 bits; and the forward of float32, where its tiles fit."""
+    """Of 16 bits; and of float32, where tiles fit."""
 
     def kernel(dtype="float16", options="", D=64, Dv=64, rows=128, kernel=own):
         return config.choose(kernel, 90, "sm_90a", dtype, options, D, Dv, rows).kernel
 
-    listed = set(itertools.product(config.HOPPER_KERNELS, ("float16", "bfloat16")))
-    listed |= {("hopper_forward", "float32"), ("hopper_careful", "float32")}
-    assert {(c.kernel, c.dtype) for c in HOPPER} == listed
+    halves = {name for name in config.HOPPER_KERNELS if "halves" in name or "split" in name}
+    assert len(halves) == 5
+    listed = set(itertools.product({*config.HOPPER_KERNELS} - halves, ("float16", "bfloat16")))
+    halves |= {"hopper_forward", "hopper_careful"}
+    assert {(c.kernel, c.dtype) for c in HOPPER} == listed | {(x, "float32") for x in halves}
     for D, Dv in itertools.product((8, 64, 72, 128, 136, 192, 256), repeat=2):
         assert kernel(D=D, Dv=Dv) == f"hopper_{own}"
     for options in config.OPTIONS:  # one at a time, in 16 bits
@@ -159,10 +167,14 @@ def test_hopper_serves_many_rows(own):
         dict(Dv=264), dict(D=0), dict(Dv=0), dict(D=68), dict(Dv=65),
     ):  # fmt: skip
         assert kernel(**other) == own
-    for D, Dv in ((4, 4), (64, 64), (68, 128), (128, 12), (132, 8), (8, 256), (66, 64), (64, 2)):
-        fits = own == "forward" and max(D, Dv) <= 128 and D % 4 == Dv % 4 == 0
-        assert kernel("float32", D=D, Dv=Dv) == (f"hopper_{own}" if fits else own)
-    assert kernel("float32", "alibi") == kernel("float32", rows=64) == own
+    least = 4 if own == "forward" else 16
+    for D, Dv in (
+        (4, 4), (16, 20), (64, 64), (68, 128), (128, 12), (132, 8), (8, 256), (66, 64), (64, 2),
+    ):  # fmt: skip
+        fits = least <= min(D, Dv) and max(D, Dv) <= 128 and D % 4 == Dv % 4 == 0
+        assert kernel("float32", D=D, Dv=Dv) == (on_hopper(own, "float32") if fits else own)
+    assert kernel("float32", "alibi") == own
+    assert kernel("float32", rows=64) == (own if own == "forward" else on_hopper(own, "float32"))
     for rows, few in ((16, config.DECODE), (64, own)):
         assert kernel(rows=rows) == (few if own == "forward" else f"hopper_{own}")
     for name in ("backward_bias", *config.SMALL_KERNELS):
@@ -171,19 +183,25 @@ def test_hopper_serves_many_rows(own):
 
 def test_hopper_tiles_are_what_its_instructions_take():
     for c in HOPPER:
+        if c.kernel == "hopper_split":  # rows of a head are padded to whole warps of lanes of 8
+            assert c.D in (64, 128) and 128 % (32 // (c.D // 8)) == 0
+            continue
         fast = c.kernel in config._CAREFUL  # with warps that load
-        assert c.Br % 64 == c.Bc % 16 == c.D % 16 == c.Dv % 16 == 0
+        assert c.Br % 16 == c.Bc % 16 == c.D % 16 == c.Dv % 16 == 0
+        assert (c.Bc if c.kernel.endswith("kv") else c.Br) % 64 == 0  # rows of products
         assert max(c.Br, c.Bc) <= 256  # rows of a copy
         if c.kernel.endswith("kv"):  # keys are the rows of products
             assert c.D == c.Dv and c.Bc == (128 if c.D <= 128 else 64)
             groups, share = 2, 1 if c.D <= 128 else 2
             widths = {c.Br // share, c.D // share}
+            if c.dtype == "float32":  # 64 columns of the results at a time
+                widths = {c.Br, 64}
             if c.kernel == "hopper_backward_qkv":  # 64 rows by 64 columns of dQ a warpgroup
                 assert share == 1 and c.Br * -(-c.D // 64) * 64 == groups * 64 * 64
         else:
             groups = c.Br // 64
             widths = {c.Bc, c.D if c.kernel.endswith("_q") else c.Dv}
-            if c.dtype == "float32":  # P V of 64 columns at a time
+            if c.dtype == "float32":
                 assert c.D == c.Dv and c.Dv in (64, 128)
                 widths = {c.Bc, 64}
         assert widths <= set(wgmma.WIDTHS)
@@ -191,7 +209,7 @@ def test_hopper_tiles_are_what_its_instructions_take():
         assert c.shared_bytes <= config.shared_limit(90)
         if fast:
             text = read(f"{c.kernel}.cu")
-            values = {"kGroups": groups, "kHalves": config.DTYPES[c.dtype] // 2}
+            values = {"kGroups": groups, "kHalves": config.DTYPES[c.dtype] // 2, "kD": c.D}
             values["kMoved"] = 8 * (c.options in ("bools", "numbers", "segments") and c.Dv < 256)
             registers = [
                 evaluate(f"({re.search(rf'{name} = ([^,;]*)', text)[1]})", values)
@@ -398,8 +416,25 @@ def test_hopper_shared_memory_holds_what_kernels_lay_out():
             used = names["kBuffers"] + 256
             results = names.get("kBytesResults", 0)
             assert c.shared_bytes == used + results * (used + results <= config.shared_limit(90))
+        elif c.kernel == "hopper_split":
+            assert c.shared_bytes == 0 and "extern __shared__" not in read("hopper_split.cu")
         elif c.kernel == "hopper_finish_q":
             assert c.shared_bytes == tile(c.Br, c.D)
+        elif "halves" in c.kernel:
+            own, other = (c.Bc, c.Br) if c.kernel.endswith("kv") else (c.Br, c.Bc)
+            stages = names.get("kStages", 1)
+            rows = own + stages * other  # each of two arrays, with weights and spreads
+            used = (
+                tile(rows, c.D) + tile(rows, c.Dv) + (4 if "careful" in c.kernel else 3) * 4 * rows
+            )
+            if c.kernel.endswith("kv"):
+                used += 2 * 4 * stages * other  # lse and delta
+            if "careful" in c.kernel:
+                assert c.shared_bytes == used
+            else:
+                laid_out = ("kBuffers", "kBytesWeights", "kBytesNumbers")
+                assert used == sum(names.get(name, 0) for name in laid_out)
+                assert 8 * (2 + 4 * stages) <= 256 == c.shared_bytes - used
         else:
             used = inputs + names["kBytesO"]
             if c.kernel == "hopper_careful_kv":
@@ -1030,9 +1065,13 @@ def test_only_who_gives_up_an_order_gets_the_kernel_without_one(launches, driver
     assert kernels(64, "kv", deterministic=False) == [apart[0], *apart[3:]]
     for other in (dict(D=256), dict(D=64, column=2)):  # no such kernel; what no map describes
         assert kernels(**other, deterministic=False) == kernels(**other)
-    for other in (dict(D=64, dtype="float32"), dict(D=64, softcap=3.0)):
-        found = kernels(**other, deterministic=False)
-        assert found == ["backward_rows", "backward_q", "backward_kv"]
+    found = kernels(64, softcap=3.0, deterministic=False)
+    assert found == ["backward_rows", "backward_q", "backward_kv"]
+    for D in (64, 128):  # float32 has one order only
+        assert kernels(D, dtype="float32", deterministic=False) == [
+            "backward_rows", "hopper_split", "hopper_halves_q", "hopper_careful_halves_q",
+            "hopper_halves_kv", "hopper_careful_halves_kv",
+        ]  # fmt: skip
 
 
 def test_results_at_other_alignments_have_a_plan_of_their_own(launches, driver):

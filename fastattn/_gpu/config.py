@@ -69,6 +69,11 @@ class Config(NamedTuple):
         return self.fast and self.kernel == "forward" and self.Bc == 128
 
     @property
+    def stays(self) -> bool:
+        """Whether a block takes tile after tile; otherwise each tile has a block of its own."""
+        return self.kernel in _CAREFUL and "halves" not in self.kernel
+
+    @property
     def tile_dtype(self) -> str:
         """What shared memory holds: Turing's matrix instructions know no bfloat16, and Hopper's own
         take float32 as two float16 numbers each."""
@@ -166,11 +171,22 @@ class Config(NamedTuple):
             return (self.Br + self.Bc) * (row + row_v)
         if self.kernel == "hopper_finish_q":
             return self.Br * row
+        if self.kernel == "hopper_split":
+            return 0
         if self.kernel == "hopper_backward_qkv":
             stage = self.Br * (row + row_v + 2 * 4)  # with lse and delta
             shared = 2 * self.Bc * 128 * -(-self.Br // 64)  # dS, twice
             sums = 2 * 64 * 64 * 4
             return self.Bc * (row + row_v) + 2 * stage + shared + sums + barriers
+        if self.kernel in ("hopper_halves_q", "hopper_careful_halves_q"):
+            fast = self.kernel == "hopper_halves_q"
+            stages, weights, rest = (2, 3 * 4, barriers) if fast else (1, 4 * 4, 0)
+            return (self.Br + stages * self.Bc) * (row + row_v + weights) + rest
+        if self.kernel in ("hopper_halves_kv", "hopper_careful_halves_kv"):
+            fast = self.kernel == "hopper_halves_kv"
+            stages, weights, rest = (2, 3 * 4, barriers) if fast else (1, 4 * 4, 0)
+            own, others, numbers = self.Bc, stages * self.Br, 2 * 4  # lse and delta
+            return (own + others) * (row + row_v + weights) + others * numbers + rest
         if self.kernel in ("hopper_backward_kv", "hopper_careful_kv"):
             shared = 2 * self.Bc * 128 * -(-self.Br // 64) if self.D > 128 else 0  # P and dS
             stage = self.Br * (row + row_v + 2 * 4)  # with lse and delta
@@ -218,9 +234,13 @@ _CAREFUL = {
     "hopper_backward_q": "hopper_careful_q",
     "hopper_backward_kv": "hopper_careful_kv",
     "hopper_backward_qkv": "hopper_careful_kv",
+    "hopper_halves_q": "hopper_careful_halves_q",
+    "hopper_halves_kv": "hopper_careful_halves_kv",
 }
-# The last ends what hopper_backward_qkv leaves of dQ.
-HOPPER_KERNELS = (*_CAREFUL, *dict.fromkeys(_CAREFUL.values()), "hopper_finish_q")
+# The last two: what ends dQ after hopper_backward_qkv, and what comes before hopper_halves_*.
+HOPPER_KERNELS = (
+    *_CAREFUL, *dict.fromkeys(_CAREFUL.values()), "hopper_finish_q", "hopper_split",
+)  # fmt: skip
 
 # A forward of few rows without such options; a warp's tiles of K and V that are under way.
 DECODE = "decode"
@@ -326,20 +346,28 @@ def _hopper_forward(dtype: str, options: str, D: int, Dv: int, rows: int) -> Con
     return None
 
 
-# Likewise of a backward: the widest head tile -> (Br, Bc).
+# Likewise of a backward: the widest head tile -> (Br, Bc). In float32 heads have a least size, since
+# sums of few products feel what two float16 numbers lack.
+_LEAST_OF_HALVES = 16
 _HOPPER_BACKWARD_TILES = {
-    "backward_q": {64: (128, 128), 96: (128, 128), 128: (128, 128), 256: (128, 64)},
-    "backward_kv": {64: (128, 128), 96: (64, 128), 128: (64, 128), 256: (64, 64)},
+    ("backward_q", 2): {64: (128, 128), 96: (128, 128), 128: (128, 128), 256: (128, 64)},
+    ("backward_kv", 2): {64: (128, 128), 96: (64, 128), 128: (64, 128), 256: (64, 64)},
+    ("backward_q", 4): {64: (128, 64), 128: (128, 32)},
+    ("backward_kv", 4): {64: (64, 128), 128: (32, 128)},
 }
 
 
 def _hopper_backward(kernel: str, dtype: str, options: str, D: int, Dv: int) -> Config | None:
     """The configuration of sm_90a that serves a backward, if one does."""
-    if DTYPES[dtype] != 2 or options or 0 in (D, Dv) or D % 8 or Dv % 8:
+    size = DTYPES[dtype]
+    if size > 4 or options or 0 in (D, Dv) or D * size % 16 or Dv * size % 16:
         return None
-    for tile, (Br, Bc) in _HOPPER_BACKWARD_TILES[kernel].items():
+    if size == 4 and min(D, Dv) < _LEAST_OF_HALVES:
+        return None
+    for tile, (Br, Bc) in _HOPPER_BACKWARD_TILES[kernel, size].items():
         if max(D, Dv) <= tile:
-            name = f"hopper_{kernel}"
+            own = f"hopper_{kernel}"
+            name = own if size == 2 else own.replace("backward", "halves")
             return Config(name, "sm_90a", dtype, "", tile, tile, False, Br, Bc, 12, 1)
     return None
 
@@ -363,6 +391,13 @@ def finisher(config: Config) -> Config:
     return config._replace(kernel="hopper_finish_q", warps=config.warps - 4)
 
 
+def splitter(config: Config) -> Config | None:
+    """The kernel that makes halves of all rows before a configuration's takes them, if it does."""
+    if not config.kernel.startswith("hopper_halves"):
+        return None
+    return config._replace(kernel="hopper_split", Br=64, Bc=64, warps=8)
+
+
 @functools.lru_cache(1024)
 def choose(
     kernel: str, arch: int, family: str, dtype: str, options: str, D: int, Dv: int, rows: int = 128
@@ -375,7 +410,7 @@ def choose(
         found = None
         if kernel == "forward":
             found = _hopper_forward(dtype, options, D, Dv, rows)
-        elif kernel in _HOPPER_BACKWARD_TILES:
+        elif kernel in ("backward_q", "backward_kv"):
             found = _hopper_backward(kernel, dtype, options, D, Dv)
         return found or choose(kernel, arch, _GENERIC, dtype, options, D, Dv, rows)
     if kernel in SMALL_KERNELS:
@@ -428,6 +463,7 @@ def configs(arch: int, family: str) -> list[Config]:
         for rows in ROW_CLASSES
     }
     found |= {c: None for c in map(together, [*found]) if c}
+    found |= {c: None for c in map(splitter, [*found]) if c}
     after = [careful(c) for c in found if c.kernel in _CAREFUL]
     after += [finisher(c) for c in found if c.kernel == "hopper_backward_q" and c.D <= 128]
     return [*found, *dict.fromkeys(after)]

@@ -31,6 +31,7 @@ from fastattn._gpu.config import (
     careful,
     choose,
     finisher,
+    splitter,
     together,
 )
 from fastattn._gpu.device import Device, arguments, device_of, load
@@ -260,13 +261,14 @@ def _launch_hopper(
     call: _Call, config: Config, total: int, arrays: dict[str, Any], scalars: dict[str, Any],
     maps: tuple[tuple[int, Tiles], ...],
 ) -> None:  # fmt: skip
-    """A fast kernel, whose blocks stay and take tiles from a counter, and the careful one."""
-    blocks = min(total, call.device.multiprocessors)
+    """A fast kernel, whose blocks may stay and take tiles from a counter, and the careful one."""
+    few = min(total, call.device.multiprocessors)
+    blocks = few if config.stays else total
     if total > blocks:
         scalars = scalars | {"next": call.workspace(1, np.int32)}
         call.clear(scalars["next"], 4)
     call.launch(config, blocks, arrays, scalars, maps)
-    call.launch_again(careful(config), blocks)
+    call.launch_again(careful(config), few)
 
 
 def _split(Lk: int, config: Config) -> tuple[int, int]:
@@ -283,7 +285,7 @@ def _backward(
     dsinks: Layout | None, dalibi_slopes: Layout | None,
 ) -> None:  # fmt: skip
     p = call.problem
-    rows = p.batch * p.Hq * -(-p.Lq // _ROW_PAD) * _ROW_PAD
+    rows = p.batch * p.Hq * _padded(p.Lq)
     arrays = call.inputs() | {
         "dout": call.array(dout), "out": call.array(out), "lse": call.rows(lse),
         "dlse": NO_ARRAY if dlse is None else call.rows(dlse),
@@ -298,6 +300,9 @@ def _backward(
 
     if not p.deterministic and _together(call, arrays, dq, dk, dv, scalars):
         dq = dk = dv = None
+    config = splitter(call.config("backward_q"))
+    if config and (dq is not None or dk is not None or dv is not None):
+        scalars |= _halves(call, config, arrays)
     if dalibi_slopes is not None:
         row_sum = call.workspace(rows, p.acc)
     if dq is not None or dalibi_slopes is not None:
@@ -334,6 +339,22 @@ def _backward(
         call.launch(call.config("reduce"), p.Hq, arrays, scalars | more)
 
 
+def _halves(call: _Call, config: Config, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Where all rows of the inputs are in halves, by kernels/hopper_split.cu."""
+    p = call.problem
+    rows = 2 * p.batch * (p.Hq * _padded(p.Lq) + p.Hkv * _padded(p.Lk))
+    found = {
+        "halves": call.workspace(rows * config.D, np.float32),
+        "weights": call.workspace(2 * rows, np.float32),
+    }
+    call.launch(config, -(-rows * (config.D // 8) // config.threads), arrays, found)
+    return found
+
+
+def _padded(length: int) -> int:
+    return -(-length // _ROW_PAD) * _ROW_PAD
+
+
 def _launch_backward(
     call: _Call, config: Config, blocks: int, arrays: dict[str, Any], scalars: dict[str, Any]
 ) -> None:
@@ -341,7 +362,7 @@ def _launch_backward(
     if config.kernel not in HOPPER_KERNELS:
         call.launch(config, blocks, arrays, scalars)
         return
-    maps = call.maps(config, arrays, ("q", "dout", "k", "v"))
+    maps = call.maps(config, arrays, ("q", "dout", "k", "v"), scalars.get("halves", 0))
     if maps is None:
         call.launch(careful(config), blocks, arrays, scalars)
         return
@@ -509,11 +530,13 @@ class _Call(Planner):
         self.add(load(self.device, config), blocks, config.shared_bytes, None)
 
     def maps(
-        self, config: Config, arrays: dict[str, Any], names: tuple[str, ...]
+        self, config: Config, arrays: dict[str, Any], names: tuple[str, ...], halves: int = 0
     ) -> tuple[tuple[int, Tiles], ...] | None:
-        """Where some inputs are, and their tiles for a configuration, of which there are to be
-        tensor maps; None where one has none."""
+        """Where some inputs are, or their `halves`, and their tiles for a configuration, of which
+        there are to be tensor maps; None where one has none."""
         p, found = self.problem, []
+        if halves:
+            return self._maps_of_halves(config, names, halves) if p.Lk else None
         for name in names:
             rows, heads, box = (
                 (p.Lq, p.Hq, config.Br) if name in ("q", "dout") else (p.Lk, p.Hkv, config.Bc)
@@ -526,6 +549,22 @@ class _Call(Planner):
             if tensor_map(self.actual(pointer), tiles) is None:
                 return None
             found.append((pointer, tiles))
+        return tuple(found)
+
+    def _maps_of_halves(
+        self, config: Config, names: tuple[str, ...], address: int
+    ) -> tuple[tuple[int, Tiles], ...]:
+        """They lie one behind the other; see kernels/hopper_split.cuh."""
+        p, found, pitch = self.problem, [], 4 * config.D
+        for name in names:
+            L, heads, box = (
+                (p.Lq, p.Hq, config.Br) if name in ("q", "dout") else (p.Lk, p.Hkv, config.Bc)
+            )
+            head = _padded(L) * pitch
+            steps = (pitch, head, heads * head)
+            tiles = Tiles(p.dtype, config.D, _padded(L), heads, p.batch, *steps, box)
+            found.append((address, tiles))
+            address += p.batch * heads * head
         return tuple(found)
 
     def inputs(self, rows: int = 0) -> dict[str, tuple[int, ...]]:

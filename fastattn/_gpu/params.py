@@ -52,6 +52,8 @@ LAUNCH = {
     "flags": "void*", "next": "void*",
     # Hopper: sums of dS K
     "dq_sums": "float*",
+    # Hopper: rows of float32 in halves, and their weights
+    "halves": "void*", "weights": "float*",
 }  # fmt: skip
 
 DECLARATION = "\n".join(

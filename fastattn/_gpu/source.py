@@ -23,6 +23,8 @@ _HOPPER = ("WGMMA", "hopper.cuh")
 _FORWARD = (*_HOPPER, "hopper_halves.cuh", "hopper_forward.cuh")
 _BACKWARD_Q = (*_HOPPER, "hopper_backward.cuh", "hopper_backward_q.cuh")
 _BACKWARD_KV = (*_HOPPER, "hopper_backward.cuh", "hopper_backward_kv.cuh")
+_SPLIT = ("hopper_halves.cuh", "hopper_split.cuh")
+_BACKWARD_OF_HALVES = (*_SPLIT, "hopper_halves_backward.cuh")
 _OF_KERNEL: dict[str, tuple[str, ...]] = {
     "hopper_forward": _FORWARD,
     "hopper_careful": _FORWARD,
@@ -32,6 +34,11 @@ _OF_KERNEL: dict[str, tuple[str, ...]] = {
     "hopper_backward_kv": _BACKWARD_KV,
     "hopper_careful_kv": _BACKWARD_KV,
     "hopper_backward_qkv": _BACKWARD_KV,
+    "hopper_split": (*_HOPPER, *_SPLIT),
+    "hopper_halves_q": (*_BACKWARD_Q, *_BACKWARD_OF_HALVES),
+    "hopper_careful_halves_q": (*_BACKWARD_Q, *_BACKWARD_OF_HALVES),
+    "hopper_halves_kv": (*_BACKWARD_KV, *_BACKWARD_OF_HALVES),
+    "hopper_careful_halves_kv": (*_BACKWARD_KV, *_BACKWARD_OF_HALVES),
 }
 # `Option` in kernels/pairs.cuh.
 _OPTIONS = {"": 0, "all": (1 << len(OPTIONS)) - 1}

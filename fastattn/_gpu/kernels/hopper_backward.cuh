@@ -62,10 +62,10 @@ DEVICE void round_to_tile(u32 tile, const float (&c)[N][4], float factor, int r0
 #pragma unroll
   for (int n = 0; n < N; n += 2)
     store_blocks(chunk_at<kRows>(tile, r0 + (lane & 15), chunk0 + n + (lane >> 4)),
-                 pack(Elem(), c[n][0] * factor, c[n][1] * factor),
-                 pack(Elem(), c[n][2] * factor, c[n][3] * factor),
-                 pack(Elem(), c[n + 1][0] * factor, c[n + 1][1] * factor),
-                 pack(Elem(), c[n + 1][2] * factor, c[n + 1][3] * factor));
+                 pack(Tile(), c[n][0] * factor, c[n][1] * factor),
+                 pack(Tile(), c[n][2] * factor, c[n][3] * factor),
+                 pack(Tile(), c[n + 1][0] * factor, c[n + 1][1] * factor),
+                 pack(Tile(), c[n + 1][2] * factor, c[n + 1][3] * factor));
 }
 
 // From there to an array, whose row r0 is `to`: `rows` rows, and the columns below `width`.

@@ -30,7 +30,7 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
   const u32 sP = sO + kStages * kBytesO, sS = sP + kBytesP, sLse = sS + kBytesP,
             sDelta = sLse + kStages * kBytesRows;
   char* const rest = shared + kBuffers + kApart * kBytesResults;
-  const Queue<4 * kGroups> queue((int*)rest, shared_address(rest) + 8);
+  const Queue<kReaders> queue((int*)rest, shared_address(rest) + 8);
   const Loader<kStages, !kApart> loader(sK, sQ, sLse, shared_address(rest) + 8 + queue.kBytes);
   if (threadIdx.x == 0) {
     queue.init();

@@ -7,7 +7,8 @@
 // each makes the columns of its share of the rows, of dK and dV its share of the columns, and P^T
 // and dS^T go through shared memory.
 
-constexpr int kGroups = 2;  // warpgroups that compute
+constexpr int kGroups = 2;             // warpgroups that compute,
+constexpr int kReaders = 4 * kGroups;  // and their warps
 constexpr bool kShare = kD > 128;
 static_assert(kD == kDv && kBc == (kShare ? 64 : 128), "");
 constexpr int kRowsOf = kShare ? kBr / kGroups : kBr, kOut = kShare ? kD / kGroups : kD;
@@ -57,6 +58,11 @@ DEVICE Step first_step(const Params& p, const Work& work) {
 }
 DEVICE int steps_of(const Params& p, const Work& work) {
   return (work.to - work.from) * (int)p.group;
+}
+
+// Whether sums of two levels (mma.cuh) begin a part with this step.
+DEVICE bool begins_part(const Work& work, const Step& step) {
+  return step.n == work.from || step.n % (kRowsOfPart / kBr) == 0;
 }
 
 // Where a warpgroup's part is: of the keys, of a step's rows, of the panels of results.
@@ -170,7 +176,6 @@ struct Loader {
         kv_free(v_full + 8), q_full(kv_free + 8), q_free(q_full + 8 * kStages),
         o_full(q_free + 8 * kStages), o_free(o_full + 8 * kStages) {}
   DEVICE void init() const {
-    constexpr int kReaders = 4 * kGroups;  // warps
     barrier_init(k_full, 1);
     barrier_init(v_full, 1);
     barrier_init(kv_free, kReaders);
@@ -181,7 +186,7 @@ struct Loader {
       barrier_init(o_free + 8 * x, kReaders);
     }
   }
-  DEVICE void load(const Params& p, const Queue<4 * kGroups>& queue, const TensorMap& map_q,
+  DEVICE void load(const Params& p, const Queue<kReaders>& queue, const TensorMap& map_q,
                    const TensorMap& map_o, const TensorMap& map_k, const TensorMap& map_v) const {
     const int total = (int)(p.tiles * p.Hkv * p.batch);
     int tiles = 0, loaded = 0;

@@ -25,13 +25,12 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
   const u32 sQ = shared_address(shared), sO = sQ + kBytesQ, sK = sO + kBytesO,
             sV = sK + kStagesK * kBytesK;
   char* const rest = shared + kBuffers + kApart * kBytesResults;
-  const Queue<4 * kGroups> queue((int*)rest, shared_address(rest) + 8);
+  const Queue<kReaders> queue((int*)rest, shared_address(rest) + 8);
   const u32 q_full = shared_address(rest) + 8 + queue.kBytes, q_free = q_full + 8,
             o_full = q_free + 8, o_free = o_full + 8;
   const u32 k_full = o_free + 8, k_free = k_full + 8 * kStagesK;
   const u32 v_full = k_free + 8 * kStagesK, v_free = v_full + 8 * kStagesV;
   if (threadIdx.x == 0) {
-    constexpr int kReaders = 4 * kGroups;  // warps
     queue.init();
     barrier_init(q_full, 1);
     barrier_init(q_free, kReaders);

@@ -1,7 +1,8 @@
 // What the two kernels of dQ = scale dS K share: a warpgroup owns 64 query rows, a thread g and
 // g + 8 of its warp's 16, and walks over blocks of kBc keys from the first to the last.
 
-constexpr int kGroups = kBr / 64;  // warpgroups that compute
+constexpr int kGroups = kBr / 64;      // warpgroups that compute,
+constexpr int kReaders = 4 * kGroups;  // and their warps
 constexpr int kN = kBc / 8, kO = kD / 8;
 constexpr int kBytesQ = tile_bytes(kBr, kD), kBytesO = tile_bytes(kBr, kDv);
 constexpr int kBytesK = tile_bytes(kBc, kD), kBytesV = tile_bytes(kBc, kDv);

@@ -36,7 +36,7 @@ hopper_backward_qkv(const __grid_constant__ Params p, const __grid_constant__ Te
   const u32 sS = sO + kStages * kBytesO, sSums = sS + 2 * kBytesS,
             sLse = sSums + kGroups * kBytesSums, sDelta = sLse + kStages * kBytesRows;
   char* const rest = shared + kBuffers;
-  const Queue<4 * kGroups> queue((int*)rest, shared_address(rest) + 8);
+  const Queue<kReaders> queue((int*)rest, shared_address(rest) + 8);
   const Loader<kStages, false> loader(sK, sQ, sLse, shared_address(rest) + 8 + queue.kBytes);
   if (threadIdx.x == 0) {
     queue.init();

@@ -31,28 +31,57 @@ DEVICE int row_of_lane(int lane, int eight, int which) {
 }
 DEVICE int chunk_of_lane(int lane) { return (lane & 3) + (lane >> 3 & 1) * 4; }
 
-// A lane's shares of its two rows become halves in a tile, and rows' weights.
-enum Whose { kOfQ, kOfK, kOfV };
+// What a lane knows of the sizes of a row's numbers.
+struct Sizes {
+  float top = 0;
+  int exponents = 0;  // of numbers that are not 0: their sum, and how many there are << 16
+
+  DEVICE void add(float x) {
+    const int exponent = exponent_of(abs_of(x));
+    top = max_of(top, abs_of(x));
+    if (exponent) exponents += exponent + (1 << 16);
+  }
+  DEVICE void join(int step) {
+    top = max_of(top, __shfl_xor_sync(~0u, top, step));
+    exponents += __shfl_xor_sync(~0u, exponents, step);
+  }
+  // The mean of log2(top / |x|) over these, about.
+  DEVICE float spread() const {
+    const int count = exponents >> 16;
+    const float mean = (float)(exponents & 0xffff) / (float)max_of(count, 1);
+    return count ? (float)exponent_of(top) - mean : 0;
+  }
+};
+
+// A lane's shares of its two rows become halves in a tile, and rows' weights. In the backward every
+// row has a power of two of its own, and spreads follow the weights.
+enum Whose { kOfQ, kOfK, kOfV, kOfRows };
 
 template <Whose kWhose, int kRows, int kPanels>
 DEVICE void write_halves(char* tile, float* weights, int lane, int eight,
                          const float (&x)[2][kPanels][8]) {
   float top[2] = {};
+  Sizes sizes[2];
 #pragma unroll
   for (int n = 0; n < kPanels; n++)
 #pragma unroll
     for (int e = 0; e < 8; e++)
 #pragma unroll
-      for (int which = 0; which < 2; which++)
-        top[which] = max_of(top[which], abs_of(x[which][n][e]));
+      for (int which = 0; which < 2; which++) {
+        if (kWhose == kOfRows) sizes[which].add(x[which][n][e]);
+        else top[which] = max_of(top[which], abs_of(x[which][n][e]));
+      }
 #pragma unroll
   for (int step = 1; step < 16; step = step == 2 ? 8 : 2 * step)
 #pragma unroll
-    for (int which = 0; which < 2; which++)
-      top[which] = max_of(top[which], __shfl_xor_sync(~0u, top[which], step));
+    for (int which = 0; which < 2; which++) {
+      if (kWhose == kOfRows) sizes[which].join(step);
+      else top[which] = max_of(top[which], __shfl_xor_sync(~0u, top[which], step));
+    }
   const int c = chunk_of_lane(lane);
 #pragma unroll
   for (int which = 0; which < 2; which++) {
+    if (kWhose == kOfRows) top[which] = sizes[which].top;
     const int up = exponent_to_halves(top[which]), r = row_of_lane(lane, eight, which);
     float factor = power(up), weight = power(254 - up);
     // Too large a weight for a score to be a float32 number before it is multiplied by that of q.
@@ -75,6 +104,7 @@ DEVICE void write_halves(char* tile, float* weights, int lane, int eight,
       *(uint4*)(to + kRows * 128) = lo;
     }
     if (c == 0) weights[r] = weight;
+    if (kWhose == kOfRows && c == 0) weights[kRows + r] = sizes[which].spread();
   }
 }
 
@@ -208,11 +238,11 @@ DEVICE Scaling weigh_values(float (&p)[kBc / 8][4], const float* weights_v) {
 }
 
 // P as two factors of the next product, hi and lo.
-template <int N>
-DEVICE void to_factor(u32 (&p)[N][kBc / 16][4], const float (&c)[kBc / 8][4],
-                      const float (&up)[2]) {
+template <int N, int K, int M>
+DEVICE void to_factor(u32 (&p)[N][K][4], const float (&c)[M][4], const float (&up)[2]) {
+  static_assert(M == 2 * K, "");
 #pragma unroll
-  for (int k = 0; k < kBc / 16; k++)
+  for (int k = 0; k < K; k++)
 #pragma unroll
     for (int x = 0; x < 4; x++) {
       const int half = x & 1;
