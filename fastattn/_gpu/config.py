@@ -346,7 +346,7 @@ def _hopper_forward(dtype: str, options: str, D: int, Dv: int, rows: int) -> Con
     return None
 
 
-# Likewise of a backward: the widest head tile -> (Br, Bc). In float32 heads have a least size, since
+# Likewise of a backward: the widest head tile -> (Br, Bc). In float32 heads have a least size:
 # sums of few products feel what two float16 numbers lack.
 _LEAST_OF_HALVES = 16
 _HOPPER_BACKWARD_TILES = {
