@@ -73,7 +73,7 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         const void *alpha
         const int32_t *row_start
         const int32_t *row_end
-        int32_t cold, strip
+        int32_t raw, cold, strip
         fa_fetch *fetch
         int32_t fetches, fetch_rows
     ctypedef struct fa_selection:
@@ -103,7 +103,7 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         int32_t fetches, fetch_rows
     ctypedef struct fa_kernels:
         const char *type
-        int32_t real_bytes, unit_bytes, pair, lanes, Br, Bc, Br_backward, Bc_backward, MR, NR
+        int32_t real_bytes, unit_bytes, pair, lanes, Br, Bc, Br_backward, Bc_backward, MR, NR, raw
         void (*pack_lanes)(void *, int, const fa_rows *, int) noexcept nogil
         void (*pack_left)(void *, ptrdiff_t, const fa_rows *) noexcept nogil
         void (*pack_right)(void *, ptrdiff_t, const fa_rows *) noexcept nogil

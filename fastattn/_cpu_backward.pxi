@@ -245,6 +245,7 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
             x.a_depth = 1
             x.rows = <int> (end - first)
             x.depth = ceil_div(ws.rows, kr.pair)
+            x.raw = False
             x.cold = True
             x.strip = 0
             if ragged:

@@ -156,7 +156,7 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
     cdef const uint32_t *excluded
     cdef const uint32_t *drop
     cdef double drop_scale = job.drop_scale
-    cdef bint moved
+    cdef bint moved, raw
     if care == SCALED:
         drop_scale = ldexp(drop_scale, -scaled_bits(job))
     for r in range(ws.panels * job.panel):
@@ -171,6 +171,7 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
     while k0 < end:
         k1 = min((k0 // job.Bc + 1) * job.Bc, end)
         ws.k_left = ws.v_right = NULL
+        raw = job.v_raw and care == USUAL and (k1 - k0) % kr.pair == 0
         for p in range(ws.panels):
             state = tile_mask(job, ws, p, k0, k1, &low, &high, ws.keep)
             if state == EMPTY:
@@ -179,8 +180,8 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
             keep = ws.keep + (low - k0)
             load_left(job, ws, &job.k, k_base, k0, k1, job.D, key_ld(job), job.k_in_place, ws.k_tile,
                       &ws.k_left, &ws.ldk)
-            load_right(job, ws, &job.v, v_base, k0, k1, job.Dv, job.Dv_cols, job.v_in_place, ws.v_tile,
-                       &ws.v_right, &ws.ldv)
+            load_right(job, ws, &job.v, v_base, k0, k1, job.Dv, job.Dv_cols, raw or job.v_in_place,
+                       ws.v_tile, &ws.v_right, &ws.ldv)
             finish = adjustment(job, ws, p, low, n, NULL, &how)
             excluded = keep if state == PARTIAL else NULL
             if job.few:
@@ -209,7 +210,8 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
             x.a = ws.p
             x.a_row = 1
             x.a_depth = job.panel
-            x.b = units(job, ws.v_right, (low - k0) // kr.pair * ws.ldv)
+            x.b = units(job, ws.v_right, (low - k0 if raw else (low - k0) // kr.pair) * ws.ldv)
+            x.raw = raw
             x.ldb = ws.ldv
             x.rows = min(job.panel, ws.rows - p * job.panel)
             x.depth = ceil_div(n, kr.pair)

@@ -46,6 +46,7 @@ cdef struct Job:
     int ahead                  # rows of k and v to fetch ahead where few rows of q stream them
     int64_t chunk, chunks      # keys are cut into chunks whose results are merged in order
     bint k_in_place, v_in_place
+    bint v_raw                 # the product with few rows takes v as it lies
     bint wants_next            # short sequences: the next ones are fetched while these are computed
     # backward
     bint is_backward
@@ -375,6 +376,8 @@ cdef void fill_job(Job *job, problem, bint backward) except *:
     # v is a right operand forward (whole vectors), a left one backward.
     job.v_in_place = lies_whole(job, &job.v, job.Dv) and (
         backward or (kr.pair == 1 and job.Dv == job.Dv_cols))
+    job.v_raw = (job.few and job.v.dtype == kr.raw and job.v.col == 2 and job.v.row % kr.unit_bytes == 0
+                 and job.Dv == job.Dv_cols)
 
 
 cdef int team_size(const Job *job, num_threads, int64_t items) except -1:

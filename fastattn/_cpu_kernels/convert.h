@@ -111,6 +111,8 @@ INLINE vr load_vector(const char *src, const int dtype) {
     if (dtype == FA_BF16)
         return (vr)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)src)), 16);
     if (dtype == FA_F16) return (vr)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)src));
+#elif defined(__F16C__) && !defined(FA_DOUBLE)
+    if (dtype == FA_F16) return (vr)_mm256_cvtph_ps(_mm_loadu_si128((const void *)src));
 #endif
     real part[V_LANES] __attribute__((aligned(V_BYTES)));
     load_row(part, src, dtype_bytes(dtype), V_LANES, dtype);

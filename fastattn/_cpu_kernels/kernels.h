@@ -93,6 +93,7 @@ typedef struct {
     int32_t rows, cols, depth;  // depth in units; cols a multiple of the vector
     const void *alpha;          // one a row, or NULL
     const int32_t *row_start, *row_end;  // part of each row's depth (the rest is excluded), or NULL
+    int32_t raw;                // B's rows lie as they were given (fa_kernels.raw), ldb is theirs
     int32_t cold;               // C is likely to be outside the cache
     int32_t strip;              // depth that all rows go through before the next; 0: all
     fa_fetch *fetch;            // of each of these so many rows are fetched for every MR rows of C
@@ -135,6 +136,7 @@ typedef struct {
     int32_t real_bytes, unit_bytes, pair, lanes;
     int32_t Br, Bc, Br_backward, Bc_backward;  // query rows and keys of a tile
     int32_t MR, NR;                            // register tile of accumulate
+    int32_t raw;  // the dtype of right operands, in 16 bits, that few rows need not have packed; FA_NONE
 
     // [cols / pair][panel] units, transposed; rows past the given ones are zeros.
     void (*pack_lanes)(void *dst, int panel, const fa_rows *src, int negate);

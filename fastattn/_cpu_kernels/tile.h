@@ -68,6 +68,21 @@ INLINE __m512i u_interleave(__m512i halves) {
                                            23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, halves);
 }
+// NR vectors of right operands from rows as they lie, ld apart.
+INLINE void u_load_raw(const int NR, uv *to, const unit *row, ptrdiff_t ld) {
+    if (NR == 1) {
+        __m512i even = _mm512_castsi256_si512(_mm256_loadu_si256((const void *)row));
+        to[0] = u_interleave(_mm512_inserti64x4(even, _mm256_loadu_si256((const void *)(row + ld)), 1));
+    }
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                         39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    UNROLL for (int j = 0; j + 1 < NR; j += 2) {
+        __m512i even = u_load(row + j * V_LANES / 2), odd = u_load(row + ld + j * V_LANES / 2);
+        to[j] = _mm512_permutex2var_epi16(even, low, odd);
+        to[j + 1] = _mm512_permutex2var_epi16(even, high, odd);
+    }
+}
 // Two vectors of floats to one of pairs.
 INLINE __m512i u_pairs(vr low, vr high) {
     return u_interleave((__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
@@ -83,6 +98,18 @@ INLINE uv u_set1(const unit *p) {
 }
 INLINE uv u_load(const unit *p) { return v_loadu(p); }
 INLINE vr u_madd(vr c, uv a, uv b) { return v_fma(a, b, c); }
+INLINE void u_load_raw(const int NR, uv *to, const unit *row, ptrdiff_t ld) {
+    (void)ld;
+    UNROLL for (int j = 0; j < NR; j++) to[j] = load_vector((const char *)(row + j * V_LANES / 2), FA_F16);
+}
+#endif
+// The dtype of which they are.
+#if defined(FA_BF16_PAIRS) && !defined(FA_AMX)
+#define FA_RAW FA_BF16
+#elif defined(__F16C__) && !defined(FA_DOUBLE) && !defined(FA_AMX)
+#define FA_RAW FA_F16
+#else
+#define FA_RAW FA_NONE
 #endif
 
 // ---- packing ---------------------------------------------------------------------------------
@@ -419,14 +446,20 @@ static void finish_scores(real *s, int panel, int keys, const uint32_t *keep, co
 #define EACH UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NR; j++)
 
 // c[MR][NR] = A[MR][depth] B[depth][NR vectors]; MR, NR are constants where this is inlined,
-// so that c lives in registers. Rows of B that many `ahead` are fetched meanwhile.
-INLINE void product(const int MR, const int NR, const int ahead, vr *c, const unit *a,
+// so that c lives in registers. Rows of B, which may be `raw`, that many `ahead` are fetched meanwhile.
+INLINE void product(const int MR, const int NR, const int ahead, const int raw, vr *c, const unit *a,
                     ptrdiff_t a_row, ptrdiff_t a_depth, const unit *b, ptrdiff_t ldb, int depth) {
     EACH c[i * NR + j] = (vr){};
     UNROLL4 for (int k = 0; k < depth; k++) {
-        uv right[4];
-        UNROLL for (int j = 0; j < NR; j++) right[j] = u_load(b + j * V_LANES);
-        if (ahead)
+        uv right[8];
+        if (raw)
+            u_load_raw(NR, right, b, ldb);
+        else
+            UNROLL for (int j = 0; j < NR; j++) right[j] = u_load(b + j * V_LANES);
+        if (ahead && raw)
+            UNROLL for (int j = 0; j < PAIR * NR; j += 2)
+                fetch_line(b + (ahead + j % PAIR) * ldb + j * V_LANES / 2);
+        else if (ahead)
             UNROLL for (int j = 0; j < NR; j++)
                 fetch_line(b + ahead * ldb + j * V_LANES);
         UNROLL for (int i = 0; i < MR; i++) {
@@ -434,7 +467,7 @@ INLINE void product(const int MR, const int NR, const int ahead, vr *c, const un
             UNROLL for (int j = 0; j < NR; j++) c[i * NR + j] = u_madd(c[i * NR + j], left, right[j]);
         }
         a += a_depth;
-        b += ldb;
+        b += raw ? PAIR * ldb : ldb;
     }
 }
 
@@ -499,7 +532,7 @@ INLINE void scores_tile(const int MR, const int NR, const scores_chain *x, int r
     const int panel = NR == 2 ? 2 * V_LANES : x->panel;
     real *s = x->s + (ptrdiff_t)row * panel + lane;
     vr c[MR * NR], *top = x->top + lane / V_LANES;
-    product(MR, NR, 0, c, x->k + row * x->ldk, x->ldk, 1, x->q + lane, panel, x->depth);
+    product(MR, NR, 0, 0, c, x->k + row * x->ldk, x->ldk, 1, x->q + lane, panel, x->depth);
     if (x->add) EACH c[i * NR + j] += v_load(s + i * panel + j * V_LANES);
     if (x->how) {
         const vr scale = v_set1((real)x->how->scale);
@@ -679,15 +712,17 @@ static void few_scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const
 // Few rows read the right operand from memory, unless it was packed.
 #define ACCUMULATE_AHEAD(MR) (PAIR == 1 && MR <= FA_FEW_ROWS ? FA_AHEAD / 2 : 0)
 
-INLINE void accumulate_tile(const int MR, const int NR, const fa_product *x, int row, int col,
-                            int start, int end) {
+INLINE void accumulate_tile(const int MR, const int NR, const int raw, const fa_product *x, int row,
+                            int col, int start, int end) {
+    const unit *b = raw ? (const unit *)x->b + start * PAIR * x->ldb + col / 2
+                        : (const unit *)x->b + start * x->ldb + col;
     vr c[MR * NR];
     const real *alpha = x->alpha;
     real *out = (real *)x->c + row * x->ldc + col;
     if (x->cold) EACH __builtin_prefetch(out + i * x->ldc + j * V_LANES);
-    product(MR, NR, ACCUMULATE_AHEAD(MR), c,
-            (const unit *)x->a + row * x->a_row + start * x->a_depth, x->a_row, x->a_depth,
-            (const unit *)x->b + start * x->ldb + col, x->ldb, end - start);
+    product(MR, NR, raw ? FA_AHEAD : ACCUMULATE_AHEAD(MR), raw, c,
+            (const unit *)x->a + row * x->a_row + start * x->a_depth, x->a_row, x->a_depth, b, x->ldb,
+            end - start);
     if (alpha)
         EACH c[i * NR + j] = v_fma(v_set1(alpha[row + i]), v_loadu(out + i * x->ldc + j * V_LANES),
                                    c[i * NR + j]);
@@ -699,7 +734,12 @@ typedef void accumulate_fn(const fa_product *x, int row, int col, int start, int
 #define DEFINE_ACCUMULATE(MR, NR)                                                                \
     NOINLINE void accumulate_##MR##x##NR(const fa_product *x, int row, int col, int start,       \
                                          int end) {                                              \
-        accumulate_tile(MR, NR, x, row, col, start, end);                                        \
+        accumulate_tile(MR, NR, 0, x, row, col, start, end);                                     \
+    }
+#define DEFINE_ACCUMULATE_RAW(MR, NR)                                                            \
+    NOINLINE void accumulate_raw_##MR##x##NR(const fa_product *x, int row, int col, int start,   \
+                                             int end) {                                          \
+        accumulate_tile(MR, NR, 1, x, row, col, start, end);                                     \
     }
 #define DEFINE_ACCUMULATE_ROWS(NR) \
     DEFINE_ACCUMULATE(1, NR)       \
@@ -707,30 +747,39 @@ typedef void accumulate_fn(const fa_product *x, int row, int col, int start, int
     DEFINE_ACCUMULATE(3, NR)       \
     DEFINE_ACCUMULATE(4, NR)       \
     DEFINE_ACCUMULATE(5, NR)       \
-    DEFINE_ACCUMULATE(6, NR)
+    DEFINE_ACCUMULATE(6, NR)       \
+    DEFINE_ACCUMULATE_RAW(1, NR)   \
+    DEFINE_ACCUMULATE_RAW(2, NR)   \
+    DEFINE_ACCUMULATE_RAW(3, NR)   \
+    DEFINE_ACCUMULATE_RAW(4, NR)
 #define ACCUMULATE_ROWS(NR)                                                                      \
     {accumulate_1x##NR, accumulate_2x##NR, accumulate_3x##NR,                                    \
-     accumulate_4x##NR, accumulate_5x##NR, accumulate_6x##NR}
+     accumulate_4x##NR, accumulate_5x##NR, accumulate_6x##NR},                                   \
+    {accumulate_raw_1x##NR, accumulate_raw_2x##NR, accumulate_raw_3x##NR, accumulate_raw_4x##NR}
 DEFINE_ACCUMULATE_ROWS(1)
 DEFINE_ACCUMULATE_ROWS(2)
 #if FA_ACCUMULATE_NR == 4
 DEFINE_ACCUMULATE_ROWS(4)
+DEFINE_ACCUMULATE_RAW(1, 8)
+DEFINE_ACCUMULATE_RAW(2, 8)
 #endif
 
 // The part of all depths that is [first, last).
 INLINE void accumulate_strip(const fa_product *x, int first, int last, int most_rows) {
     static const struct {
         int vectors;
-        accumulate_fn *run[ACCUMULATE_MR];
+        accumulate_fn *run[ACCUMULATE_MR], *raw[FA_FEW_ROWS];
     } table[] = {
 #if FA_ACCUMULATE_NR == 4
+        {8, {0}, {accumulate_raw_1x8, accumulate_raw_2x8}},
         {4, ACCUMULATE_ROWS(4)},
 #endif
         {2, ACCUMULATE_ROWS(2)},
         {1, ACCUMULATE_ROWS(1)},
     };
+    // One or two rows wait for memory, which is fastest along whole rows.
     int col = 0;
-    for (int t = 0; col < x->cols; t++) {
+    for (int t = FA_ACCUMULATE_NR == 4 && !(x->raw && x->rows <= 2); col < x->cols; t++) {
         int width = table[t].vectors * V_LANES;
         for (; col + width <= x->cols; col += width)
             for (int row = 0; row < x->rows;) {
@@ -750,7 +799,7 @@ INLINE void accumulate_strip(const fa_product *x, int first, int last, int most_
                     if (start < first) start = first;
                 }
                 if (col == 0) fetch_some(x->fetch, x->fetches, x->fetch_rows);
-                table[t].run[n - 1](x, row, col, start, end);
+                (x->raw ? table[t].raw : table[t].run)[n - 1](x, row, col, start, end);
                 row += n;
             }
     }
@@ -988,7 +1037,7 @@ INLINE vr plain_tile(const int MR, const int NR, const fa_backward_tile *x, int 
     const real *dp = (const real *)x->dp + (ptrdiff_t)row * panel;
     gradient_rows to = gradients_at(x, row);
     fetch_some(x->fetch, x->fetches, x->fetch_rows);
-    product(MR, NR, 0, c, (const unit *)x->k + row * x->ldk + first, x->ldk, 1,
+    product(MR, NR, 0, 0, c, (const unit *)x->k + row * x->ldk + first, x->ldk, 1,
             (const unit *)x->q + (ptrdiff_t)first * panel, panel, depth);
     if (first > 0) EACH c[i * NR + j] += v_load(s + i * panel + j * V_LANES);
     vr lse[NR], shift[NR];  // not at each use: the stores might have changed them
@@ -1291,6 +1340,7 @@ const fa_kernels FA_SET = {
     .Bc_backward = FA_BC_BACKWARD,
     .MR = ACCUMULATE_MR,
     .NR = FA_ACCUMULATE_NR,
+    .raw = FA_RAW,
     .pack_lanes = pack_lanes,
     .pack_left = pack_left,
     .pack_right = pack_right,
