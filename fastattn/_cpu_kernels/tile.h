@@ -607,6 +607,9 @@ static void scores(void *s, int panel, const void *k, ptrdiff_t ldk, const void 
                 all &= keep[i];
             }
             const int seen[2] = {(some & one) != 0, some > one};
+            if (panel == V_LANES)  // as many rows of q take keys no slower than they come from memory
+                for (int i = row + FA_AHEAD; i < row + FA_AHEAD + rows; i++)
+                    for (int c = 0; c < x.depth; c += 64 / (int)sizeof(unit)) fetch_line(x.k + i * ldk + c);
             if (how && !x.how && d == 0) fetch_terms(how, row, row + rows, keys);
             while (x.how && terms < row + rows)
                 terms += put_terms(s, panel, terms, keys, &x.how->add[0], one_row);
