@@ -112,7 +112,7 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         void (*scores)(void *, int, const void *, ptrdiff_t, const void *, int, int, const uint32_t *,
                        const fa_adjust *, void *) noexcept nogil
         void (*few_scores)(void *, int, const void *, ptrdiff_t, const void *, ptrdiff_t, int, int, int,
-                           int, const uint32_t *, const fa_adjust *, void *) noexcept nogil
+                           int, int, const uint32_t *, const fa_adjust *, void *) noexcept nogil
         int (*softmax)(void *, void *, int, int, double, const fa_softmax_state *,
                        const uint32_t *, double) noexcept nogil
         void (*accumulate)(const fa_product *) noexcept nogil

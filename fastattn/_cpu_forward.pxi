@@ -186,8 +186,8 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
             excluded = keep if state == PARTIAL else NULL
             if job.few:
                 kr.few_scores(ws.s, job.panel, units(job, ws.k_left, (low - k0) * ws.ldk), ws.ldk,
-                              ws.q_lanes, query_ld(job), ws.rows, n, query_ld(job), job.negate, excluded,
-                              finish, ws.tile_max)
+                              ws.q_lanes, query_ld(job), ws.rows, n, query_ld(job), job.negate, job.k_raw,
+                              excluded, finish, ws.tile_max)
             else:
                 kr.scores(ws.s, job.panel, units(job, ws.k_left, (low - k0) * ws.ldk), ws.ldk,
                           units(job, ws.q_lanes, <ptrdiff_t> p * job.panel * job.D_units), n, job.D_units,

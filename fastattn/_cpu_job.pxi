@@ -46,7 +46,7 @@ cdef struct Job:
     int ahead                  # rows of k and v to fetch ahead where few rows of q stream them
     int64_t chunk, chunks      # keys are cut into chunks whose results are merged in order
     bint k_in_place, v_in_place
-    bint v_raw                 # the product with few rows takes v as it lies
+    bint k_raw, v_raw          # the products with few rows take them as they lie
     bint wants_next            # short sequences: the next ones are fetched while these are computed
     # backward
     bint is_backward
@@ -289,6 +289,10 @@ cdef bint lies_whole(const Job *job, const Array *a, int cols) noexcept nogil:
     return (a.dtype == native and a.col == kr.unit_bytes // kr.pair and a.row % kr.unit_bytes == 0
             and cols % kr.pair == 0)
 
+cdef inline bint takes_raw(const Job *job, const Array *a) noexcept nogil:
+    cdef const fa_kernels *kr = job.kernels
+    return job.few and a.dtype == kr.raw and a.col == 2 and a.row % kr.unit_bytes == 0
+
 cdef inline bint lies_side_by_side(const Array *a) noexcept nogil:
     return a.col == (8 if a.dtype == FA_F64 else 4 if a.dtype == FA_F32 else 2)
 
@@ -373,11 +377,12 @@ cdef void fill_job(Job *job, problem, bint backward) except *:
                       and job.D + job.Dv <= WANTED_COLUMNS and lies_side_by_side(&job.q)
                       and lies_side_by_side(&job.k) and lies_side_by_side(&job.v))
     job.k_in_place = lies_whole(job, &job.k, job.D) and job.D_units == query_ld(job)
+    job.k_raw = kr.pair == 1 and takes_raw(job, &job.k) and job.D == query_ld(job)
+    job.k_in_place = job.k_in_place or job.k_raw
     # v is a right operand forward (whole vectors), a left one backward.
     job.v_in_place = lies_whole(job, &job.v, job.Dv) and (
         backward or (kr.pair == 1 and job.Dv == job.Dv_cols))
-    job.v_raw = (job.few and job.v.dtype == kr.raw and job.v.col == 2 and job.v.row % kr.unit_bytes == 0
-                 and job.Dv == job.Dv_cols)
+    job.v_raw = takes_raw(job, &job.v) and job.Dv == job.Dv_cols
 
 
 cdef int team_size(const Job *job, num_threads, int64_t items) except -1:

@@ -648,10 +648,12 @@ class TestTheSameBits:
 
     @all_kernels
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("size", [(24, 20), (64, 32)], ids=str)
+    @pytest.mark.parametrize(
+        "size", [(3, 1051, 24, 20), (3, 1050, 96, 176), (1, 1050, 96, 176)], ids=str
+    )
     def test_of_few_rows_for_any_layout_in_memory(self, target, dtype, layout, size, rng):
-        D, Dv = size
-        case = make_case(rng, dtype, lead=(2,), Hq=4, Hkv=2, Lq=3, Lk=1050, D=D, Dv=Dv)
+        Lq, Lk, D, Dv = size
+        case = make_case(rng, dtype, lead=(2,), Hq=4, Hkv=2, Lq=Lq, Lk=Lk, D=D, Dv=Dv)
         arrays = (layouts(x, rng)[layout] for x in (case.q, case.k, case.v))
         moved = case.with_(**dict(zip("qkv", arrays)))
         expected, results = case.forward(), moved.forward()

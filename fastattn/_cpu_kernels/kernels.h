@@ -93,7 +93,7 @@ typedef struct {
     int32_t rows, cols, depth;  // depth in units; cols a multiple of the vector
     const void *alpha;          // one a row, or NULL
     const int32_t *row_start, *row_end;  // part of each row's depth (the rest is excluded), or NULL
-    int32_t raw;                // B's rows lie as they were given (fa_kernels.raw), ldb is theirs
+    int32_t raw;                // B's rows are as they lie in memory (fa_kernels.raw), ldb is theirs
     int32_t cold;               // C is likely to be outside the cache
     int32_t strip;              // depth that all rows go through before the next; 0: all
     fa_fetch *fetch;            // of each of these so many rows are fetched for every MR rows of C
@@ -136,7 +136,7 @@ typedef struct {
     int32_t real_bytes, unit_bytes, pair, lanes;
     int32_t Br, Bc, Br_backward, Bc_backward;  // query rows and keys of a tile
     int32_t MR, NR;                            // register tile of accumulate
-    int32_t raw;  // the dtype of right operands, in 16 bits, that few rows need not have packed; FA_NONE
+    int32_t raw;  // the dtype whose rows few rows of q take as they lie, without a copy, or FA_NONE
 
     // [cols / pair][panel] units, transposed; rows past the given ones are zeros.
     void (*pack_lanes)(void *dst, int panel, const fa_rows *src, int negate);
@@ -155,9 +155,10 @@ typedef struct {
     void (*scores)(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, int keys, int depth,
                    const uint32_t *keep, const fa_adjust *how, void *tile_max);
     // The same for a few rows of q, half a vector of lanes at most, with the lanes along the summed
-    // axis: q as it lies, padded with zeros to whole vectors as k is. Lanes past the rows are zeros.
+    // axis: q as it lies, padded with zeros to whole vectors as k is, which may be raw. Lanes past the rows are
+    // zeros.
     void (*few_scores)(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, ptrdiff_t ldq,
-                       int rows, int keys, int depth, int negate, const uint32_t *keep,
+                       int rows, int keys, int depth, int negate, int raw, const uint32_t *keep,
                        const fa_adjust *how, void *tile_max);
     // s -> p = exp(scale (s - row_max)), times z under dropout; returns whether a row_max moved.
     int (*softmax)(void *p, void *s, int panel, int keys, double scale, const fa_softmax_state *st,

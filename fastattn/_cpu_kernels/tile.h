@@ -636,8 +636,8 @@ static void scores(void *s, int panel, const void *k, ptrdiff_t ldk, const void 
 
 // Scores of a few rows: the lanes are the summed axis. MR rows x V_LANES / MR keys at a time, so
 // that their sums over the lanes make up one vector. Keys past the last one are the last again.
-INLINE void dots(const int MR, const int whole, real *s, int panel, const unit *k, ptrdiff_t ldk,
-                 const unit *q, ptrdiff_t ldq, int keys, int depth, int add, ureal flip) {
+INLINE void dots(const int MR, const int whole, const int raw, real *s, int panel, const unit *k,
+                 ptrdiff_t ldk, const unit *q, ptrdiff_t ldq, int keys, int depth, int add, ureal flip) {
     const int NR = V_LANES / MR;
     const unit *ahead = k + FA_AHEAD * ldk;
     vr c[V_LANES];
@@ -646,13 +646,18 @@ INLINE void dots(const int MR, const int whole, real *s, int panel, const unit *
     do {  // depth > 0, and the sums stay in registers
         UNROLL for (int j = 0; j < NR; j++) {
             if (whole) {  // as many vectors as are used, row by row: that is how they lie
-                fetch_line(ahead + col);
+                fetch_line(ahead + (raw ? col / 2 : col));
                 col += V_LANES;
                 int next_row = col >= depth;
                 ahead += next_row ? ldk : 0;
                 col = next_row ? 0 : col;
             }
-            uv right = u_load(k + (whole || j < keys ? j : keys - 1) * ldk + d);
+            const unit *row = k + (whole || j < keys ? j : keys - 1) * ldk;
+            uv right;
+            if (raw)
+                u_load_raw(1, &right, row + d / 2, ldk);
+            else
+                right = u_load(row + d);
             UNROLL for (int i = 0; i < MR; i++)
                 c[j * MR + i] = u_madd(c[j * MR + i], u_load(q + i * ldq + d), right);
         }
@@ -669,28 +674,32 @@ INLINE void dots(const int MR, const int whole, real *s, int panel, const unit *
     UNROLL for (int j = 0; j < NR; j++)
         if (whole || j < keys) memcpy(s + j * panel, part + j * MR, MR * sizeof(real));
 }
-#define DEFINE_DOTS(MR)                                                                          \
-    NOINLINE void dots_##MR(real *s, int panel, const unit *k, ptrdiff_t ldk, const unit *q,     \
-                            ptrdiff_t ldq, int keys, int depth, int add, ureal flip) {           \
+#define DEFINE_DOTS(name, MR, raw)                                                               \
+    NOINLINE void name(real *s, int panel, const unit *k, ptrdiff_t ldk, const unit *q,          \
+                       ptrdiff_t ldq, int keys, int depth, int add, ureal flip) {                \
         int key = 0;                                                                             \
         for (; key + V_LANES / MR <= keys; key += V_LANES / MR)                                  \
-            dots(MR, 1, s + key * panel, panel, k + key * ldk, ldk, q, ldq, 0, depth, add,    \
+            dots(MR, 1, raw, s + key * panel, panel, k + key * ldk, ldk, q, ldq, 0, depth, add,  \
                  flip);                                                                          \
         if (key < keys)                                                                          \
-            dots(MR, 0, s + key * panel, panel, k + key * ldk, ldk, q, ldq, keys - key, depth,   \
-                 add, flip);                                                                     \
+            dots(MR, 0, raw, s + key * panel, panel, k + key * ldk, ldk, q, ldq, keys - key,     \
+                 depth, add, flip);                                                              \
     }
-DEFINE_DOTS(1)
-DEFINE_DOTS(2)
+DEFINE_DOTS(dots_1, 1, 0)
+DEFINE_DOTS(dots_2, 2, 0)
+DEFINE_DOTS(dots_raw_1, 1, 1)
+DEFINE_DOTS(dots_raw_2, 2, 1)
 #if V_BYTES > 16
-DEFINE_DOTS(4)
+DEFINE_DOTS(dots_4, 4, 0)
+DEFINE_DOTS(dots_raw_4, 4, 1)
 #endif
 #define DOTS(MR)                                                                                 \
     for (; row + MR <= rows; row += MR)                                                          \
-        dots_##MR(to + row, panel, k, ldk, q + row * ldq, ldq, n, part, d > 0, flip);
+        (raw ? dots_raw_##MR : dots_##MR)(to + row, panel, k, ldk, q + row * ldq, ldq, n, part,  \
+                                          d > 0, flip);
 
 static void few_scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const void *q_,
-                       ptrdiff_t ldq, int rows, int keys, int depth, int negate,
+                       ptrdiff_t ldq, int rows, int keys, int depth, int negate, int raw,
                        const uint32_t *keep, const fa_adjust *how, void *tile_max) {
     ureal flip = negate ? (ureal)1 << (8 * sizeof(real) - 1) : 0;
     real *s = s_;
@@ -699,7 +708,7 @@ static void few_scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const
         for (int key = 0; key < keys; key += V_LANES) {
             int n = keys - key < V_LANES ? keys - key : V_LANES;
             int part = depth - d < CHAIN * V_LANES ? depth - d : CHAIN * V_LANES;
-            const unit *k = (const unit *)k_ + key * ldk + d, *q = (const unit *)q_ + d;
+            const unit *k = (const unit *)k_ + key * ldk + (raw ? d / 2 : d), *q = (const unit *)q_ + d;
             real *to = s + (ptrdiff_t)key * panel;
             int row = 0;
 #if V_BYTES > 16
