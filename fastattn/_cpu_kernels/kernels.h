@@ -155,8 +155,8 @@ typedef struct {
     void (*scores)(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, int keys, int depth,
                    const uint32_t *keep, const fa_adjust *how, void *tile_max);
     // The same for a few rows of q, half a vector of lanes at most, with the lanes along the summed
-    // axis: q as it lies, padded with zeros to whole vectors as k is, which may be raw. Lanes past the rows are
-    // zeros.
+    // axis: q as it lies, padded with zeros to whole vectors as k is, which may be raw. Lanes past the
+    // rows are zeros.
     void (*few_scores)(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, ptrdiff_t ldq,
                        int rows, int keys, int depth, int negate, int raw, const uint32_t *keep,
                        const fa_adjust *how, void *tile_max);
