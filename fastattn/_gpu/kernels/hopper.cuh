@@ -96,16 +96,6 @@ DEVICE void load_map(u32 tile, const TensorMap& map, u32 barrier, int row, int h
     load_box(tile + n * kRows * 128, map, barrier, n * kPanel / kHalves, row, head, batch);
 }
 
-// Such a tile on its way to the cache that all multiprocessors share.
-template <int kRows, int kColumns>
-DEVICE void prefetch_map(const TensorMap& map, int row, int head, int batch) {
-#pragma unroll
-  for (int n = 0; n < panels_of(kColumns) * kHalves; n++)
-    asm volatile(
-        "cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];"
-        :: "l"(&map), "r"(n * kPanel / kHalves), "r"(row), "r"(head), "r"(batch) : "memory");
-}
-
 // Bytes that lie side by side in memory and in shared memory, a multiple of 16.
 DEVICE void load_bytes(u32 to, const void* from, int bytes, u32 barrier) {
   barrier_expect(barrier, bytes);

@@ -214,7 +214,6 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
         values++;
       };
       if (order.first >= 0) {
-        prefetch_map<kBr, kD>(map_q, work.row0, order.h, order.b);  // its place is in use for long
         auto seek_after = [&](Step& step) {
           const Step next = seek(p, order.b, order.h, order.tile, work.from, step.n - 1);
           step.next = next.n >= work.from ? next.n : -1;
