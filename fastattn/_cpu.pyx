@@ -109,7 +109,7 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         void (*pack_right)(void *, ptrdiff_t, const fa_rows *) noexcept nogil
         void (*store_row)(char *, ptrdiff_t, int, const void *, int, double) noexcept nogil
         double (*dot)(const char *, ptrdiff_t, int, const char *, ptrdiff_t, int, int) noexcept nogil
-        void (*scores)(void *, int, const void *, ptrdiff_t, const void *, int, int, const uint32_t *,
+        void (*scores)(void *, int, const void *, ptrdiff_t, int, const void *, int, int, const uint32_t *,
                        const fa_adjust *, void *) noexcept nogil
         void (*few_scores)(void *, int, const void *, ptrdiff_t, const void *, ptrdiff_t, int, int, int,
                            int, int, const uint32_t *, const fa_adjust *, void *) noexcept nogil

@@ -103,13 +103,13 @@ cdef int backward_panel(const Job *job, Workspace *ws, int p, char *k_base, char
     x.p = units(job, ws.p, (low[0] - k0) * x.ld + p * job.panel // kr.pair)
     x.ds = units(job, ws.ds, (low[0] - k0) * x.ld + p * job.panel // kr.pair)
     x.ds_keys = units(job, ws.ds_keys, (low[0] - k0) // 2 * lanes + p * job.panel)
-    kr.scores(ws.dp, job.panel, units(job, ws.v_left, (low[0] - k0) * ws.ldv), ws.ldv,
+    kr.scores(ws.dp, job.panel, units(job, ws.v_left, (low[0] - k0) * ws.ldv), ws.ldv, False,
               units(job, ws.do_lanes, <ptrdiff_t> p * job.panel * job.Dv_units), n, job.Dv_units,
               NULL, NULL, ws.tile_max)
     plain = x.keep == NULL and not job.adjusted and job.threshold == 0
     if not plain or kr.backward_plain(&x, job.panel, n):
         finish = adjustment(job, ws, p, low[0], n, ws.gain, &how)
-        kr.scores(ws.s, job.panel, x.k, x.ldk, x.q, n, x.D, NULL, finish, ws.tile_max)
+        kr.scores(ws.s, job.panel, x.k, x.ldk, False, x.q, n, x.D, NULL, finish, ws.tile_max)
         x.drop = draw_dropout(job, ws, p, low[0], n)
         if kr.backward_tile(&x, job.panel, n):
             kr.keep_above_neg_inf(keep + (low[0] - k0), ws.s, job.panel, n)

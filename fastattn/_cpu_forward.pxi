@@ -190,8 +190,8 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
                               excluded, finish, ws.tile_max)
             else:
                 kr.scores(ws.s, job.panel, units(job, ws.k_left, (low - k0) * ws.ldk), ws.ldk,
-                          units(job, ws.q_lanes, <ptrdiff_t> p * job.panel * job.D_units), n, job.D_units,
-                          excluded, finish, ws.tile_max)
+                          job.k_in_place, units(job, ws.q_lanes, <ptrdiff_t> p * job.panel * job.D_units),
+                          n, job.D_units, excluded, finish, ws.tile_max)
             drop = draw_dropout(job, ws, p, low, n)
             if care != USUAL:
                 for j in range(n):  # excluded scores are -inf by now

@@ -82,8 +82,9 @@ INLINE void tiles_product(real *c, ptrdiff_t ldc, int vectors, const unit *a, pt
     if (vectors == 2) _tile_stored(C1, c + V_LANES, c_bytes);
 }
 
-static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const void *q, int keys,
-                   int depth, const uint32_t *keep, const fa_adjust *how, void *tile_max) {
+static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, int in_place, const void *q,
+                   int keys, int depth, const uint32_t *keep, const fa_adjust *how, void *tile_max) {
+    (void)in_place;
     if (how) fetch_terms(how, 0, keys, keys);
     real *s = s_;
     const unit *k = k_;

@@ -86,7 +86,7 @@ static int backward_tile(const fa_backward_tile *x, int panel, int keys) {
 // Scores leave the tiles' registers by memory.
 static int backward_plain(const fa_backward_tile *x, int panel, int keys) {
     real top[FA_MAX_PANEL] __attribute__((aligned(V_BYTES)));
-    scores(x->s, panel, x->k, x->ldk, x->q, keys, x->D, NULL, NULL, top);
+    scores(x->s, panel, x->k, x->ldk, 0, x->q, keys, x->D, NULL, NULL, top);
     fetch_some(x->fetch, x->fetches, keys * x->fetch_rows);
     return backward_tile(x, panel, keys);
 }
@@ -165,7 +165,7 @@ static int backward_plain(const fa_backward_tile *x, int panel, int keys) {
     };
     int wide = panel / V_LANES - 1, row = 0, before = x->D > 0 ? (x->D - 1) / CHAIN * CHAIN : 0;
     vr lowest = {}, top[2];
-    if (before > 0) scores(x->s, panel, x->k, x->ldk, x->q, keys, before, NULL, NULL, top);
+    if (before > 0) scores(x->s, panel, x->k, x->ldk, 0, x->q, keys, before, NULL, NULL, top);
     for (int t = 0; row < keys; t++)
         for (; row + table[t].rows <= keys; row += table[t].rows)
             lowest = table[t].run[wide](x, row, x->D - before, lowest);

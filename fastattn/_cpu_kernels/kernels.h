@@ -151,9 +151,10 @@ typedef struct {
                   const char *b, ptrdiff_t b_stride, int b_dtype, int n);
 
     // Scores as `how` finishes them (NULL: the products themselves); -inf where a term is -inf or keep
-    // (NULL: nowhere) excludes the pair. tile_max, lanes, out: the largest.
-    void (*scores)(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, int keys, int depth,
-                   const uint32_t *keep, const fa_adjust *how, void *tile_max);
+    // (NULL: nowhere) excludes the pair. tile_max, lanes, out: the largest. in_place: k is no copy, and
+    // may have to come from memory.
+    void (*scores)(void *s, int panel, const void *k, ptrdiff_t ldk, int in_place, const void *q, int keys,
+                   int depth, const uint32_t *keep, const fa_adjust *how, void *tile_max);
     // The same for a few rows of q, half a vector of lanes at most, with the lanes along the summed
     // axis: q as it lies, padded with zeros to whole vectors as k is, which may be raw. Lanes past the
     // rows are zeros.

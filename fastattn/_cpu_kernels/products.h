@@ -130,8 +130,8 @@ DEFINE_SCORES(2, 2)
 DEFINE_SCORES(1, 1)
 DEFINE_SCORES(1, 2)
 
-static void scores(void *s, int panel, const void *k, ptrdiff_t ldk, const void *q, int keys, int depth,
-                   const uint32_t *keep, const fa_adjust *how, void *tile_max) {
+static void scores(void *s, int panel, const void *k, ptrdiff_t ldk, int in_place, const void *q, int keys,
+                   int depth, const uint32_t *keep, const fa_adjust *how, void *tile_max) {
     static const struct {
         int rows;
         scores_fn *run[2];
@@ -167,7 +167,7 @@ static void scores(void *s, int panel, const void *k, ptrdiff_t ldk, const void 
                 all &= keep[i];
             }
             const int seen[2] = {(some & one) != 0, some > one};
-            if (panel == V_LANES)  // as many rows of q take keys no slower than they come from memory
+            if (in_place && panel == V_LANES)  // so few rows of q take keys as fast as memory gives them
                 for (int i = row + FA_AHEAD; i < row + FA_AHEAD + rows; i++)
                     for (int c = 0; c < x.depth; c += 64 / (int)sizeof(unit)) fetch_line(x.k + i * ldk + c);
             if (how && !x.how && d == 0) fetch_terms(how, row, row + rows, keys);
