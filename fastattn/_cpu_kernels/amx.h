@@ -43,7 +43,7 @@ static void tiles_configure(int rows, int rest) {
             config.rows[t] = (uint8_t)shape[t][0];
             config.row_bytes[t] = (uint16_t)(shape[t][1] * sizeof(unit));
         }
-    _tile_loadconfig(&config);
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));  // GCC knows of _tile_loadconfig that it reads 8 bytes
 }
 
 // Registers are named in the instructions themselves: a function cannot take them.
