@@ -1346,6 +1346,23 @@ def test_hopper_forward_with_options_keeps_to_the_oracle_either_way(D, Dv, name,
         assert ways[-2:] == ["maps", "loads"]
 
 
+def cut(x):
+    whole = np.zeros((*x.shape[:-1], x.shape[-1] + 6), x.dtype)
+    whole[..., 4:-2] = x
+    return whole[..., 4:-2]
+
+
+def backwards(x):
+    return x[..., ::-1].copy()[..., ::-1]
+
+
+def spread(x):
+    return np.ascontiguousarray(np.broadcast_to(x, (2, 4, 300, x.shape[-1])))
+
+
+MASK_LAYOUTS = (cut, unaligned, columns, backwards, spread)
+
+
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("name", ["bools", "keys", "numbers", "bias", "mixed segments"])
 def test_hopper_forward_with_masks_of_any_layout_has_the_same_bits(name, D, ways, rng):
@@ -1353,17 +1370,7 @@ def test_hopper_forward_with_masks_of_any_layout_has_the_same_bits(name, D, ways
     expected = case.forward()._asdict()
     changed = {"attn_mask", "bias", "q_segment_ids", "kv_segment_ids"} & {*case.options}
 
-    def cut(x):
-        whole = np.zeros((*x.shape[:-1], x.shape[-1] + 6), x.dtype)
-        whole[..., 4:-2] = x
-        return whole[..., 4:-2]
-
-    def spread(x):
-        return np.ascontiguousarray(np.broadcast_to(x, (2, 4, 300, 260)))
-
-    changes = [cut, unaligned]
-    if name != "mixed segments":
-        changes += [columns, lambda x: x[..., ::-1].copy()[..., ::-1], spread]
+    changes = MASK_LAYOUTS[: 2 if name == "mixed segments" else None]
     for change in changes:
         found = case.with_(**{n: change(case.options[n]) for n in changed}).forward()
         assert_same_bits(found._asdict(), expected)
@@ -1388,14 +1395,10 @@ def test_hopper_forward_with_options_keeps_poison_where_it_belongs(name, D, ways
         assert not np.isfinite(found["out"][0][seen].astype(np.float32)).any()
 
 
-@pytest.mark.parametrize(("D", "L", "Hq"), [(64, 1000, 24), (128, 1100, 16), (256, 700, 20)])
-@pytest.mark.parametrize("name", ["bools", "numbers", "segments", "window", "dropout"])
-def test_hopper_forward_with_options_and_many_tiles(name, D, L, Hq, ways, rng):
-    """Several tiles for each block, some of them without any keys; every head is as it is alone,
-    but for dropout, which is drawn by heads."""
+def options_of_many_tiles(rng, name, L):
     below = np.tril(rng.random((L, L)) < 0.99, -5)
     below[256:512] = below[:, 300:500] = False
-    options = {
+    return {
         "bools": dict(attn_mask=below),
         "numbers": dict(attn_mask=np.where(below, 0.5, -inf).astype(DTYPES["bfloat16"])),
         "segments": dict(q_segment_ids=np.arange(L) // 150, kv_segment_ids=np.arange(L) // 150 * 2),
@@ -1403,6 +1406,14 @@ def test_hopper_forward_with_options_and_many_tiles(name, D, L, Hq, ways, rng):
         "window": dict(attn_mask=np.arange(L) // 128 % 2 == 0, window_size=(32, 0)),
         "dropout": dict(dropout_p=0.5, seed=3),
     }[name]
+
+
+@pytest.mark.parametrize(("D", "L", "Hq"), [(64, 1000, 24), (128, 1100, 16), (256, 700, 20)])
+@pytest.mark.parametrize("name", ["bools", "numbers", "segments", "window", "dropout"])
+def test_hopper_forward_with_options_and_many_tiles(name, D, L, Hq, ways, rng):
+    """Several tiles for each block, some of them without any keys; every head is as it is alone,
+    but for dropout, which is drawn by heads."""
+    options = options_of_many_tiles(rng, name, L)
     shape = dict(lead=(2,), Hq=Hq, Hkv=Hq // 4, Lq=L, Lk=L, D=D)
     case = make_case(rng, DTYPES["bfloat16"], **shape, **options)
     together = case.forward()
@@ -1416,6 +1427,95 @@ def test_hopper_forward_with_options_and_many_tiles(name, D, L, Hq, ways, rng):
         assert_forward(q, case.k[kv], case.v[kv], *result, **options)
         assert_same_bits(together.out[b : b + 1, h : h + 1], result.out)
         assert_same_bits(together.lse[b : b + 1, h : h + 1], result.lse)
+    assert set(ways) == {"maps"}
+
+
+# Those that Hopper's backward serves.
+HOPPER_ELEMENTWISE_BACKWARD = (
+    "segments", "mixed segments", "bools", "causal bools", "keys", "queries",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOPPER_ELEMENTWISE_BACKWARD)
+@pytest.mark.parametrize(("D", "Dv"), HOPPER_HEADS)
+def test_hopper_backward_with_options_keeps_to_the_oracle_either_way(D, Dv, name, ways, rng):
+    """To the same bits."""
+    for Lq, Lk, dtype in ((300, 260, "bfloat16"), (65, 128, "float16"), (1, 64, "bfloat16")):
+        case = elementwise_case(rng, name, dtype, Lq, Lk, D, Dv)
+        ways.only_loads = False
+        results = case.check()
+        assert ways[-2:] == ["maps", "maps"]
+        ways.only_loads = True
+        assert_same_bits(case.run(), results)
+        assert ways[-2:] == ["loads", "loads"]
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("name", ["bools", "keys", "mixed segments"])
+def test_hopper_backward_with_masks_of_any_layout_has_the_same_bits(name, D, ways, rng):
+    case = elementwise_case(rng, name, "bfloat16", 300, 272, D)
+    results = case.forward()
+    expected = gradients(case, results)
+    ways.clear()
+    for change in MASK_LAYOUTS[: 2 if name == "mixed segments" else None]:
+        changed = {"attn_mask", "bias", "q_segment_ids", "kv_segment_ids"} & {*case.options}
+        found = case.with_(**{n: change(case.options[n]) for n in changed})
+        assert_same_bits(gradients(found, results), expected, change.__name__)
+        assert ways[-2:] == ["maps", "maps"]  # not those of sm_80
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("name", ["causal bools", "segments"])
+def test_hopper_backward_with_options_keeps_poison_where_it_belongs(name, D, ways, rng):
+    case = elementwise_case(rng, name, "bfloat16", 300, 300, D)
+    results = case.forward()
+    clean, live = case.backward(*results), case.live()[0]
+    keys, rows = np.s_[0, :, 220:230], np.s_[0, :, 250:253]
+    sees = live[:, :, 220:230].any(-1)
+    seen = live[:, 250:253].any(1).reshape(2, 2, 300).any(1)  # by a group's heads
+    assert sees.any() and not sees.all() and seen.any() and not seen.all()
+    for poison in (nan, inf):
+        k, v, q, dout = (x.copy() for x in (case.k, case.v, case.q, case.dout))
+        k[keys] = v[keys] = poison
+        found = case.with_(k=k, v=v).backward(*results)
+        assert_same_bits(found.dq[0][~sees], clean.dq[0][~sees])
+        assert not np.isfinite(found.dq[0][sees].astype(np.float32)).any(-1).any()
+        for name in ("dq", "dk", "dv"):
+            assert_same_bits(getattr(found, name)[1], getattr(clean, name)[1], name)
+        dout[rows] = poison
+        q[rows] = poison
+        found = case.with_(q=q, dout=dout).backward(*results)
+        for name in ("dk", "dv"):
+            x, expected = getattr(found, name), getattr(clean, name)
+            assert_same_bits(x[0][~seen], expected[0][~seen], name)
+            assert not np.isfinite(x[0][seen].astype(np.float32)).any(-1).any()
+            assert_same_bits(x[1], expected[1], name)
+    dead = ~live.any(-1)
+    assert not clean.dq[0][dead].any()
+
+
+@pytest.mark.parametrize(("D", "L", "Hq"), [(64, 1000, 24), (128, 1100, 16), (256, 700, 20)])
+@pytest.mark.parametrize("name", ["bools", "segments", "window"])
+def test_hopper_backward_with_options_and_many_tiles(name, D, L, Hq, ways, rng):
+    """Several tiles for each block, some of them without any steps; every head is as it is alone."""
+    options = options_of_many_tiles(rng, name, L)
+    shape = dict(lead=(2,), Hq=Hq, Hkv=Hq // 4, Lq=L, Lk=L, D=D)
+    case = make_case(rng, DTYPES["bfloat16"], **shape, **options)
+    out, lse = case.forward()
+    together = gradients(case, (out, lse))
+    assert_same_bits(gradients(case, (out, lse)), together)
+    for b, h in ((0, 0), (1, Hq // 4 - 1)):
+        kv, q = np.s_[b : b + 1, h : h + 1], np.s_[b : b + 1, 4 * h : 4 * h + 4]
+        alone = case.with_(
+            q=case.q[q], k=case.k[kv], v=case.v[kv], dout=case.dout[q], dlse=case.dlse[q]
+        )
+        result = gradients(alone, (out[q], lse[q]))
+        for what, cut in (("dq", q), ("dk", kv), ("dv", kv)):
+            assert_same_bits(together[what][cut], result[what], what)
+        if b == 0:
+            arrays = alone.dout, alone.q, alone.k, alone.v, out[q], lse[q]
+            found = alone.backward(out[q], lse[q])
+            assert_gradients(*arrays, found, wrt=case.wrt, dlse=alone.dlse, **options)
     assert set(ways) == {"maps"}
 
 

@@ -116,13 +116,13 @@ def test_few_rows_have_small_tiles():
 
 @pytest.mark.parametrize(("arch", "family"), PLACES)
 def test_masks_are_summed_alike_wherever_they_lie(arch, family):
-    """Where a mask lies decides on the kernel (`_added` in the driver), which may change no bit.
-    But Hopper's takes one of any layout."""
+    """Where a mask lies decides on the kernel (`_asked` in the driver), which may change no bit.
+    But Hopper's take one of any layout."""
     for kernel, dtype, D in itertools.product(TILED, config.DTYPES, (*config.HEAD_TILES, 600)):
         parts = set()
         for options in ("bools", "numbers", "all"):
             c = config.choose(kernel, arch, family, dtype, options, D, D)
-            if c.kernel == "hopper_forward":
+            if c.kernel in config.HOPPER_KERNELS:
                 assert c.options == options != "all"
                 continue
             parts.add((c.walk, c.D, c.Br if kernel == "backward_kv" else c.Bc))
@@ -161,7 +161,8 @@ def test_hopper_serves_many_rows(own):
     for D, Dv in itertools.product((8, 64, 72, 128, 136, 192, 256), repeat=2):
         assert kernel(D=D, Dv=Dv) == f"hopper_{own}"
     for options in config.OPTIONS:  # one at a time, in 16 bits
-        assert kernel(options=options) == ("hopper_forward" if own == "forward" else own)
+        served = own == "forward" or options in ("bools", "segments")
+        assert kernel(options=options) == (f"hopper_{own}" if served else own)
     for other in (
         dict(dtype="float64"), dict(options="all"), dict(options="alibi", rows=64), dict(D=264),
         dict(Dv=264), dict(D=0), dict(Dv=0), dict(D=68), dict(Dv=65),
@@ -210,7 +211,10 @@ def test_hopper_tiles_are_what_its_instructions_take():
         if fast:
             text = read(f"{c.kernel}.cu")
             values = {"kGroups": groups, "kHalves": config.DTYPES[c.dtype] // 2, "kD": c.D}
-            values["kMoved"] = 8 * (c.options in ("bools", "numbers", "segments") and c.Dv < 256)
+            adds = c.options in ("bools", "numbers", "segments")
+            values["kMoved"] = 8 * (adds and (c.Dv < 256 if c.kernel == "hopper_forward" else c.D <= 128))
+            if c.kernel.startswith("hopper_backward"):
+                text = read("hopper_backward.cuh")
             registers = [
                 evaluate(f"({re.search(rf'{name} = ([^,;]*)', text)[1]})", values)
                 for name in ("kComputers", "kLoaders")
@@ -377,6 +381,9 @@ def hopper_layout(c):
     rows = dict(zip(("segments", "bools", "numbers"), *re.findall(row, read("hopper_forward.cuh"))))
     names["kAddedRow"] = evaluate(rows.get(c.options, "0"), names)
     names["kAdders"] = c.Br // 64 if c.options in rows else 0
+    if c.kernel.startswith(("hopper_backward", "hopper_careful_")):
+        names["kAdders"] = 2 if c.options else 0
+    names["kRowsOf"] = c.Br // 2 if names["kShare"] else c.Br
     for name, parameters, expression in functions:
         words = [parameter.split()[1] for parameter in parameters.split(", ")]
         names[name] = lambda *given, e=expression, w=words: evaluate(e, names | dict(zip(w, given)))
@@ -411,9 +418,16 @@ def test_hopper_shared_memory_holds_what_kernels_lay_out():
             assert names["kMost"] + rest == config.shared_limit(90)
             assert apart or not halves
         elif c.kernel in ("hopper_backward_q", "hopper_backward_kv", "hopper_backward_qkv"):
+            adders = names["kAdders"]
             own = 4 + 2 * names["kStagesK"] + 2 * names["kStagesV"] if c.kernel[-1] == "q" else 0
-            assert 2 * 4 + 8 * (2 * 2 + (own or 3 + 4 * names["kStages"])) <= 256
-            used = names["kBuffers"] + 256
+            stages = names["kStagesK"] if own else names["kStages"]
+            barriers = 2 * 2 + (own or 3 + 4 * stages)
+            if adders:
+                barriers += stages + 2 * adders * names["kStagesAdded"]
+            assert 2 * 8 + 16 * stages * bool(adders) + 8 * barriers <= 256
+            rest = names.get("kBytesRest", 256)
+            assert rest == 256 + adders * names.get("kStagesAdded", 0) * names["kBytesAdded"]
+            used = names["kBuffers"] + rest
             results = names.get("kBytesResults", 0)
             assert c.shared_bytes == used + results * (used + results <= config.shared_limit(90))
         elif c.kernel == "hopper_split":
@@ -436,7 +450,7 @@ def test_hopper_shared_memory_holds_what_kernels_lay_out():
                 assert used == sum(names.get(name, 0) for name in laid_out)
                 assert 8 * (2 + 4 * stages) <= 256 == c.shared_bytes - used
         else:
-            used = inputs + names["kBytesO"]
+            used = inputs + names["kBytesO"] + names["kAdders"] * names["kBytesAdded"]
             if c.kernel == "hopper_careful_kv":
                 used += 2 * (names["kBytesP"] + names["kBytesRows"])
             assert c.shared_bytes == used
@@ -799,8 +813,7 @@ def masked(call, problem, **arrays):
     call.problem = types.SimpleNamespace(**given | problem | arrays)
     call.natural, call.packed = problem.get("natural", bool(arrays)), problem.get("packed", False)
     arrays = {name: call.array(array) for name, array in arrays.items()}
-    added = call._added(arrays, problem.get("any_layout", False))
-    return call.elementwise, added
+    return call._asked(arrays, problem.get("any_layout", False))
 
 
 def scores(dtype, columns=64, shape=(2, 3, 40)):

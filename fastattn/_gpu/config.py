@@ -163,12 +163,14 @@ class Config(NamedTuple):
             fits = buffers + barriers + results <= shared_limit(90)
             return buffers + barriers + (results if fits else 0)
 
+        # Of a backward: a bit for each pair of a tile.
+        bits = self.Br * self.Bc // 8 if self.options in ("bools", "segments") else 0
         if self.kernel == "hopper_backward_q":
             stages_v = 1 if self.D > 128 else 2
             buffers = self.Br * (row + row_v) + self.Bc * (2 * row + stages_v * row_v)
-            return with_results(buffers, self.Br * row)
+            return with_results(buffers + bits * (2 if self.D <= 64 else 1), self.Br * row)
         if self.kernel == "hopper_careful_q":
-            return (self.Br + self.Bc) * (row + row_v)
+            return (self.Br + self.Bc) * (row + row_v) + bits
         if self.kernel == "hopper_finish_q":
             return self.Br * row
         if self.kernel == "hopper_split":
@@ -192,8 +194,8 @@ class Config(NamedTuple):
             stage = self.Br * (row + row_v + 2 * 4)  # with lse and delta
             kv = self.Bc * (row + row_v)
             if self.kernel == "hopper_careful_kv":
-                return kv + shared + stage
-            return with_results(kv + shared + 2 * stage, kv)
+                return kv + shared + stage + bits
+            return with_results(kv + shared + 2 * stage + 2 * bits, kv)
         stages = 2 if self.kernel == "hopper_forward" else 1
         buffers = self.Br * row + stages * self.Bc * (row + row_v)
         if self.options == "segments":  # bits of rows
@@ -349,6 +351,7 @@ def _hopper_forward(dtype: str, options: str, D: int, Dv: int, rows: int) -> Con
 # Likewise of a backward: the widest head tile -> (Br, Bc). In float32 heads have a least size:
 # sums of few products feel what two float16 numbers lack.
 _LEAST_OF_HALVES = 16
+_OF_HOPPERS_BACKWARD = ("bools", "segments")  # of OPTIONS, one at a time
 _HOPPER_BACKWARD_TILES = {
     ("backward_q", 2): {64: (128, 128), 96: (128, 128), 128: (128, 128), 256: (128, 64)},
     ("backward_kv", 2): {64: (128, 128), 96: (64, 128), 128: (64, 128), 256: (64, 64)},
@@ -360,7 +363,9 @@ _HOPPER_BACKWARD_TILES = {
 def _hopper_backward(kernel: str, dtype: str, options: str, D: int, Dv: int) -> Config | None:
     """The configuration of sm_90a that serves a backward, if one does."""
     size = DTYPES[dtype]
-    if size > 4 or options or 0 in (D, Dv) or D * size % 16 or Dv * size % 16:
+    if size > 4 or 0 in (D, Dv) or D * size % 16 or Dv * size % 16:
+        return None
+    if options and (options not in _OF_HOPPERS_BACKWARD or size > 2):
         return None
     if size == 4 and min(D, Dv) < _LEAST_OF_HALVES:
         return None
@@ -368,7 +373,7 @@ def _hopper_backward(kernel: str, dtype: str, options: str, D: int, Dv: int) -> 
         if max(D, Dv) <= tile:
             own = f"hopper_{kernel}"
             name = own if size == 2 else own.replace("backward", "halves")
-            return Config(name, "sm_90a", dtype, "", tile, tile, False, Br, Bc, 12, 1)
+            return Config(name, "sm_90a", dtype, options, tile, tile, False, Br, Bc, 12, 1)
     return None
 
 
@@ -381,7 +386,7 @@ def careful(config: Config) -> Config:
 def together(config: Config) -> Config | None:
     """The kernel that makes dK and dV as a configuration's does, and dQ besides, in no fixed order,
     if there is one."""
-    if config.kernel != "hopper_backward_kv" or config.D > 128:
+    if config.kernel != "hopper_backward_kv" or config.options or config.D > 128:
         return None
     return config._replace(kernel="hopper_backward_qkv")
 

@@ -217,7 +217,7 @@ def _forward(call: _Call, out: Layout, lse: Layout) -> None:
     few = p.group * p.Lq <= _FEW_ROWS
     call.packed = packed = few and p.group > 1
     rows = p.group * p.Lq if packed else p.Lq
-    arrays = call.inputs(rows) | {"out": call.array(out), "lse": call.rows(lse)}
+    arrays = call.inputs() | {"out": call.array(out), "lse": call.rows(lse)}
     config = call.config("forward", rows)
     tiles = -(-rows // config.Br)
     if config.kernel == "hopper_forward":
@@ -487,6 +487,14 @@ def _of_all_heads(ids: Layout) -> Layout:
     return ids._replace(shape=(*shape[:-1], 1, shape[-1]), strides=(*strides[:-1], 0, strides[-1]))
 
 
+class _Asked(NamedTuple):
+    """What a kernel with element-wise options is chosen by, and how tiles of a mask and bias come to
+    its shared memory."""
+
+    options: str
+    added: dict[str, int]
+
+
 class _Call(Planner):
     """A call that is planned: its arrays as kernels see them, its launches. The arrays of its
     problem are Layouts."""
@@ -510,17 +518,21 @@ class _Call(Planner):
     def config(self, kernel: str, rows: int = 0) -> Config:
         p, device = self.problem, self.device
         rows = 16 if rows <= 16 else 64 if rows <= 64 else 128
-        return choose(
-            kernel, device.arch, device.family, p.dtype, self.elementwise, p.D, p.Dv, rows
-        )
+
+        def chosen(options: str) -> Config:
+            return choose(kernel, device.arch, device.family, p.dtype, options, p.D, p.Dv, rows)
+
+        found = chosen(self.asked[True].options)
+        return found if found.kernel in HOPPER_KERNELS else chosen(self.asked[False].options)
 
     def launch(
         self, config: Config, blocks: int, arrays: dict[str, Any], scalars: dict[str, Any],
-        maps: tuple[tuple[int, Tiles], ...] = (),
+        maps: tuple[tuple[int, Tiles], ...] = (), reader: Config | None = None,
     ) -> None:  # fmt: skip
+        """A launch of a kernel, or of what looks at tiles for another, its `reader`."""
         shared = config.shared_bytes
         if config.options:
-            scalars = scalars | self.added
+            scalars = scalars | self.asked[(reader or config).kernel in HOPPER_KERNELS].added
             shared = config.shared_bytes_with(self._added_bytes(config))
         pack(arguments.block, arrays, self.options, scalars)
         self.add(load(self.device, config), blocks, shared, arguments.block, maps)
@@ -567,8 +579,8 @@ class _Call(Planner):
             address += p.batch * heads * head
         return tuple(found)
 
-    def inputs(self, rows: int = 0) -> dict[str, tuple[int, ...]]:
-        """The arrays of the problem itself, for a forward of so many rows or for a backward."""
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """The arrays of the problem itself."""
         p = self.problem
         arrays = {"q": self.array(p.q), "k": self.array(p.k), "v": self.array(p.v)}
         if p.attn_mask is not None:
@@ -578,14 +590,11 @@ class _Call(Planner):
         if p.q_segment_ids is not None:
             arrays["q_segment_ids"] = self.rows(_of_all_heads(p.q_segment_ids))
             arrays["kv_segment_ids"] = self.rows(_of_all_heads(p.kv_segment_ids))
-        # Hopper's forward takes a mask or bias of any layout.
-        self.added = self._added(arrays, any_layout=rows > 0)
-        if rows and self.config("forward", rows).kernel != "hopper_forward":
-            self.added = self._added(arrays, any_layout=False)
+        # Hopper's kernels, True, take a mask or bias of any layout.
+        self.asked = {of_hopper: self._asked(arrays, of_hopper) for of_hopper in (False, True)}
         return arrays
 
-    def _added(self, arrays: dict[str, tuple[int, ...]], any_layout: bool) -> dict[str, int]:
-        """How tiles of a mask and bias come to shared memory; also says which options there are."""
+    def _asked(self, arrays: dict[str, tuple[int, ...]], any_layout: bool) -> _Asked:
         p = self.problem
         asked = [
             name for name, given in (
@@ -624,13 +633,12 @@ class _Call(Planner):
                 asked.append("")  # for "all"
         if self.natural and not {"softcap", "alibi", "numbers"}.intersection(asked):
             asked.append("")
-        self.elementwise = "all" if len(asked) > 1 or asked == [""] else "".join(asked)
-        return added
+        return _Asked("all" if len(asked) > 1 or asked == [""] else "".join(asked), added)
 
     def _added_bytes(self, config: Config) -> int:
         if config.kernel in SMALL_KERNELS:
             return 0
-        get = self.added.get
+        get = self.asked[False].added.get
         bools = get("bools", 0) and (1 if get("bools_one_row") else config.Br)
         size = get("numbers_size", 0)
         return config.added_bytes(bools, 1 if get("numbers_one_row") else config.Br, size)
@@ -662,7 +670,7 @@ class _Call(Planner):
             blocks += p.batch * (row_tiles + column_tiles)
         if blocks:
             tile = {"tile_rows": config.Br, "tile_keys": config.Bc}
-            self.launch(self.config("survey"), blocks, arrays, found | tile)
+            self.launch(self.config("survey"), blocks, arrays, found | tile, reader=config)
         return found
 
     def _options(self) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ _SHARED = (
 )  # fmt: skip
 _HALVES = "halves.cuh"  # where float32 is multiplied as float16 numbers
 # What kernels of one family alone have besides.
-_HOPPER = ("WGMMA", "hopper.cuh")
+_HOPPER = ("WGMMA", "hopper.cuh", "hopper_added.cuh")
 _FORWARD = (*_HOPPER, "hopper_halves.cuh", "hopper_forward.cuh")
 _BACKWARD_Q = (*_HOPPER, "hopper_backward.cuh", "hopper_backward_q.cuh")
 _BACKWARD_KV = (*_HOPPER, "hopper_backward.cuh", "hopper_backward_kv.cuh")

@@ -18,7 +18,8 @@ DEVICE Gradient gradient(const Params& p, Acc s, Acc z_dp, Acc lse, Acc delta, i
   if (kCareful && (s == -infinity(Acc()) || lse == infinity(Acc()))) return {0, 0};
   if (kCareful && mode == kTaint) return {1, 1};
   Acc probable;
-  if (kGeneral || sizeof(Elem) > 2 || sizeof(Tile) > 2) {  // lse log2(e), rounded, would be felt
+  // Where lse log2(e), rounded, would be felt; and in kernels of which some have numbers added.
+  if (sizeof(Elem) > 2 || sizeof(Tile) > 2 || (kGeneral && kArch < 90) || in_natural_units(p)) {
     probable = exp_of(fma_of(s, (Acc)(in_natural_units(p) ? 1.0 : p.scale), -lse));
   } else {
     probable = exp2_of(fma_of(s, (Acc)(p.scale * kLog2e), -lse * (Acc)kLog2e));

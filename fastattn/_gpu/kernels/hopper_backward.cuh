@@ -3,18 +3,49 @@
 // hopper_careful_q.cu and hopper_careful_kv.cu, which follow them as hopper_careful.cu does the
 // forward.
 
+// With masks or segments the loader skips tiles of scores that these leave nothing of, and tells the
+// others what each of the rest asks for. For each warpgroup that computes, another warp of the
+// loader's brings that (hopper_added.cuh).
+constexpr bool kBits = has(kBools) || has(kSegments);
+constexpr int kMoved = kAdds && kD <= 128 ? 8 : 0;  // registers
+constexpr int kComputers = 240 - kMoved, kLoaders = 24 + 2 * kMoved;
+// Where some tiles are skipped, all lanes of the loading warp look for the next; the first loads.
+constexpr int kSeekers = kAdds ? 32 : 1;
+DEVICE bool leads() { return kSeekers == 1 || (threadIdx.x & 31) == 0; }
+
+// The first of tiles n .. end - 1 that is not empty, and what it asks for; `end` or beyond is none.
+// needs(n) is that of a tile.
+struct Found { int n, needs; };
+template <class NeedsOf>
+DEVICE Found first_of(int n, int end, NeedsOf needs_of_tile) {
+  Found found = {n, 0};
+  if constexpr (kAdds) {
+    const int lane = threadIdx.x & 31;
+    for (; found.n < end; found.n += 32) {
+      const int needs = found.n + lane < end ? needs_of_tile(found.n + lane) : kEmpty;
+      const u32 some = __ballot_sync(~0u, !(needs & kEmpty));
+      if (!some) continue;
+      const int at = __ffs(some) - 1;
+      return {found.n + at, __shfl_sync(~0u, needs, at)};
+    }
+  }
+  return found;
+}
+
 // Blocks of the grid stay, and take tile after tile from a counter, so that a tile's first loads
 // run beside the end of the one before. The loading thread hands a tile's number on to kReaders
-// warps, through two slots in turn; -1 is the end.
+// warps, and whether there is any step for it, through two slots in turn; -1 is the end.
+struct Taken { int index; bool any; };
+
 template <int kReaders>
 struct Queue {
-  int* slots;
+  int2* slots;
   u32 full, free;  // barriers, two of each
 
-  static constexpr int kBytes = 2 * 2 * 8;  // of the barriers
+  static constexpr int kBytes = 2 * 8 + 2 * 2 * 8;
 
-  DEVICE Queue(int* of_slots, u32 barriers)
-      : slots(of_slots), full(barriers), free(barriers + 16) {}
+  DEVICE explicit Queue(char* at)
+      : slots((int2*)at), full(shared_address(slots + 2)), free(full + 16) {}
   DEVICE void init() const {
     for (int x = 0; x < 2; x++) {
       barrier_init(full + 8 * x, 1);
@@ -22,23 +53,92 @@ struct Queue {
     }
   }
   // By the loading thread: the turn's tile, which may be beyond the last of `total`.
-  DEVICE bool hand_on(int turn, int index, int total) const {
+  DEVICE bool hand_on(int turn, int index, int total, bool any) const {
     barrier_wait(free + 8 * (turn & 1), (turn >> 1 & 1) ^ 1);
-    slots[turn & 1] = index < total ? index : -1;
-    barrier_arrive(full + 8 * (turn & 1));
+    if (leads()) {
+      slots[turn & 1] = make_int2(index < total ? index : -1, any);
+      barrier_arrive(full + 8 * (turn & 1));
+    }
     return index < total;
   }
   DEVICE static int next(const Params& p, int total) {
-    return p.next ? (int)gridDim.x + atomicAdd((int*)p.next, 1) : total;
+    int index = total;
+    if (p.next && leads()) index = (int)gridDim.x + atomicAdd((int*)p.next, 1);
+    return kSeekers == 1 ? index : __shfl_sync(~0u, index, 0);
   }
-  // By a warp that computes.
-  DEVICE int take(int turn) const {
+  // By another warp.
+  DEVICE Taken take(int turn) const {
     barrier_wait(full + 8 * (turn & 1), turn >> 1 & 1);
-    const int index = __shfl_sync(~0u, slots[turn & 1], 0);
+    const int2 slot = slots[turn & 1];
+    const int index = __shfl_sync(~0u, slot.x, 0);
+    const bool any = kAdds && slot.y;
+    if (kAdds) __syncwarp();
     if ((threadIdx.x & 31) == 0) barrier_arrive(free + 8 * (turn & 1));
-    return index;
+    return {index, any};
   }
 };
+
+// What warps bring, in kSlots slots of kBytes in turn for each warpgroup that computes.
+template <int kGroups, int kSlots, int kBytes>
+struct Brought {
+  char* slots;
+  u32 full, free;  // barriers, kSlots of each for each warpgroup
+
+  static constexpr int kBarriers = 2 * kGroups * kSlots * 8;  // bytes
+
+  DEVICE Brought(char* to, u32 barriers)
+      : slots(to), full(barriers), free(barriers + kBarriers / 2) {}
+  DEVICE void init() const {
+    for (int x = 0; x < kGroups * kSlots; x++) {
+      barrier_init(full + 8 * x, 1);
+      barrier_init(free + 8 * x, 4);
+    }
+  }
+  DEVICE char* at(int group, int turn) const {
+    return slots + (group * kSlots + turn % kSlots) * kBytes;
+  }
+  DEVICE u32 barrier(u32 of, int group, int turn) const {
+    return of + 8 * (group * kSlots + turn % kSlots);
+  }
+  // By the warp that brings it, and by those that take it.
+  template <class Bring>
+  DEVICE void put(int group, int turn, Bring bring) const {
+    barrier_wait(barrier(free, group, turn), (turn / kSlots & 1) ^ 1);
+    bring(at(group, turn));
+    if ((threadIdx.x & 31) == 0) barrier_arrive(barrier(full, group, turn));
+  }
+  DEVICE char* wait(int group, int turn) const {
+    barrier_wait(barrier(full, group, turn), turn / kSlots & 1);
+    return at(group, turn);
+  }
+  DEVICE void release(int group, int turn) const {
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) barrier_arrive(barrier(free, group, turn));
+  }
+};
+
+// A warp that brings: for each tile of the queue, what its steps ask for. The loader writes a step
+// for each of kStages buffers.
+template <int kStages, class Step, class OfQueue, class OfBrought, class WorkOf, class Bring>
+DEVICE void bring_all(const OfQueue& queue, const OfBrought& brought, const Step* steps, u32 full,
+                      u32 free, int group, WorkOf work_of_tile, Bring bring) {
+  int done = 0, count = 0;
+  for (int turn = 0;; turn++) {
+    const Taken taken = queue.take(turn);
+    if (taken.index < 0) return;
+    const auto work = work_of_tile(taken.index);
+    for (bool more = taken.any; more; done++) {
+      const int stage = done % kStages;
+      barrier_wait(full + 8 * stage, done / kStages & 1);
+      const Step step = steps[stage];
+      __syncwarp();
+      if ((threadIdx.x & 31) == 0) barrier_arrive(free + 8 * stage);
+      more = !step.last;
+      if (asks_added(step.needs))
+        brought.put(group, count++, [&](char* to) { bring(to, work, step); });
+    }
+  }
+}
 
 // c = A B^T over all columns of two tiles, a batch of products.
 template <int kColumns, int kRowsA, int kRowsB, int N>

@@ -13,9 +13,10 @@ constexpr int kStages = 2;
 constexpr int kBuffers =
     kBytesK + kBytesV + kStages * (kBytesQ + kBytesO) + 2 * kBytesP + 2 * kStages * kBytesRows;
 constexpr int kBytesResults = kBytesK + kBytesV;
-constexpr bool kApart = kBuffers + kBytesResults + 256 <= 227 * 1024;  // have room of their own,
-constexpr int kAtResults = kApart ? kBuffers : 0;                      // else take that of K and V
-constexpr int kComputers = 240, kLoaders = 24;  // registers
+constexpr int kStagesAdded = 2;
+constexpr int kBytesBrought = kAdders * kStagesAdded * kBytesAdded, kBytesRest = 256 + kBytesBrought;
+constexpr bool kApart = kBuffers + kBytesResults + kBytesRest <= 227 * 1024;  // have their own room,
+constexpr int kAtResults = kApart ? kBuffers : 0;                             // else that of K, V
 // Whether the last products of a step run on beside the first of the next: where there are
 // registers.
 constexpr bool kRunsOn = kRowsOf + kOut <= 160;
@@ -30,11 +31,14 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
   const u32 sP = sO + kStages * kBytesO, sS = sP + kBytesP, sLse = sS + kBytesP,
             sDelta = sLse + kStages * kBytesRows;
   char* const rest = shared + kBuffers + kApart * kBytesResults;
-  const Queue<kReaders> queue((int*)rest, shared_address(rest) + 8);
-  const Loader<kStages, !kApart> loader(sK, sQ, sLse, shared_address(rest) + 8 + queue.kBytes);
+  const Queue<kReaders + kAdders> queue(rest);
+  const Loader<kStages, !kApart> loader(sK, sQ, sLse, rest + queue.kBytes);
+  const Brought<kGroups, kStagesAdded, kBytesAdded> brought(
+      rest + 256, shared_address(rest) + queue.kBytes + loader.kBytes);
   if (threadIdx.x == 0) {
     queue.init();
     loader.init();
+    if (kAdds) brought.init();
     barriers_ready();
   }
   __syncthreads();
@@ -42,7 +46,18 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
   // The computing warps come first, so that warps count as in hopper_careful_kv.cu.
   if (threadIdx.x >= 128 * kGroups) {
     registers_down<kLoaders>();
-    if (threadIdx.x == 128 * kGroups) loader.load(p, queue, map_q, map_o, map_k, map_v);
+    const int other = (int)threadIdx.x - 128 * kGroups;
+    if (other < kSeekers) loader.load(p, queue, map_q, map_o, map_k, map_v);
+    if (kAdds && other >= 32 && other < 32 + 32 * kAdders) {
+      const int group = other / 32 - 1;
+      const Part part(group);
+      bring_all<kStages>(
+          queue, brought, loader.steps, loader.step_full, loader.q_free, group,
+          [&](int index) { return work_of(p, index); },
+          [&](char* to, const Work& work, const Step& step) {
+            bring_added<64>(p, to, work.b, step.h, step.n * kBr + part.row, work.key0 + part.key);
+          });
+    }
     return;
   }
 
@@ -64,12 +79,12 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
       barrier_arrive(loader.o_free + 8 * stage);
     }
   };
-  int tiles = 0, done = 0;  // and steps
+  int tiles = 0, done = 0, taken_bits = 0;  // and steps
   for (int turn = 0;; turn++) {
-    const int index = queue.take(turn);
+    const auto [index, some] = queue.take(turn);
     if (index < 0) return;
     const Work work = work_of(p, index);
-    const int steps = steps_of(p, work), end = done + max_of(steps, 0);
+    const int steps = kAdds ? some : steps_of(p, work), end = done + max_of(steps, 0);
     const int j = work.key0 + part.key + warp % 4 * 16 + (lane >> 2);
     Results results;
     results.clear();
@@ -82,11 +97,12 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
     if (steps > 0) {
       Step step = first_step(p, work);
 #pragma unroll 1
-      for (bool first = true; done < end; done++, first = false, step.next(work)) {
+      for (bool first = true, more = true; more; done++, first = false) {
         const int stage = done % kStages, full = done / kStages & 1;
         float s[1][kN][4], dp[kN][4];
         u32 of_p[kN / 2][4], of_ds[kN / 2][4];
         barrier_wait(loader.q_full + 8 * stage, full);
+        if (kAdds) step = loader.steps[stage];
         start_product<kD, kBc, kBr>(s[0], of_k, of_q + (stage * kBytesQ >> 4));
         barrier_wait(loader.o_full + 8 * stage, full);
         start_product<kDv, kBc, kBr>(dp, of_v, of_o + (stage * kBytesO >> 4));
@@ -97,7 +113,14 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
           settle(results.dv);
           if (!first) release(done - 1);
         }
-        if (work.cut(step.n)) exclude(p, work.b, s, j, step.n * kBr + part.row);
+        const bool adds = asks_added(step.needs), cut = work.cut(step.n);
+        if (adds || cut) {
+          const char* const bits = adds ? brought.wait(group, taken_bits) : nullptr;
+          exclude(p, work.b, s, j, step.n * kBr + part.row, bits, warp % 4 * 16 + (lane >> 2), cut);
+          if (adds) brought.release(group, taken_bits++);
+        }
+        more = kAdds ? !step.last : done + 1 < end;
+        if (!kAdds) step.next(work);
         to_probabilities(s[0], lse_rows + stage * kBr, log2_unit);
         to_factor(of_p, s[0]);
         if constexpr (kShare) {

@@ -9,6 +9,7 @@
 
 constexpr int kGroups = 2;             // warpgroups that compute,
 constexpr int kReaders = 4 * kGroups;  // and their warps
+constexpr int kAdders = kAdds ? kGroups : 0;  // warps that bring what they add
 constexpr bool kShare = kD > 128;
 static_assert(kD == kDv && kBc == (kShare ? 64 : 128), "");
 constexpr int kRowsOf = kShare ? kBr / kGroups : kBr, kOut = kShare ? kD / kGroups : kD;
@@ -43,9 +44,10 @@ DEVICE Work work_of(const Params& p, i64 index) {
   return w;
 }
 
-// Steps of the walk: a block of rows of one query head; heads come one after the other.
-struct Step {
-  int h, n;
+// Steps of the walk: a block of rows of one query head, what it asks for (Needs), and whether it is
+// the last; heads come one after the other.
+struct alignas(16) Step {
+  int h, n, needs, last;
 
   DEVICE void next(const Work& work) {
     if (++n < work.to) return;
@@ -58,6 +60,32 @@ DEVICE Step first_step(const Params& p, const Work& work) {
 }
 DEVICE int steps_of(const Params& p, const Work& work) {
   return (work.to - work.from) * (int)p.group;
+}
+
+// The first step from this one on that is not empty; where there is none, one of a head beyond the
+// key head's.
+DEVICE bool exists(const Params& p, const Work& work, const Step& step) {
+  return work.from < work.to && step.h < (work.kv_head + 1) * (int)p.group;
+}
+DEVICE Step seek(const Params& p, const Work& work, Step step) {
+  if constexpr (kAdds) {
+    for (; exists(p, work, step); step.h++, step.n = work.from) {
+      const Found found = first_of(step.n, work.to, [&](int n) {
+        return needs_of(p, work.b, step.h, n, work.key0 / kBc);
+      });
+      step.n = found.n;
+      step.needs = found.needs;
+      if (found.n < work.to) break;
+    }
+  }
+  return step;
+}
+DEVICE Step seek_after(const Params& p, const Work& work, Step& step) {
+  Step next = step;
+  next.next(work);
+  next = seek(p, work, next);
+  step.last = !exists(p, work, next);
+  return next;
 }
 
 // Whether sums of two levels (mma.cuh) begin a part with this step.
@@ -75,10 +103,28 @@ struct Part {
         panel(kShare ? group * kOut / kPanel : 0) {}
 };
 
-// -inf where a bound excludes a pair: thread key j and the rows from i on.
-DEVICE void exclude(const Params& p, int b, float (&s)[1][kN][4], int j, int i) {
+// A warp brings what there is for kKeys keys from j0 on and a part's rows from i0 on.
+template <int kKeys>
+DEVICE void bring_added(const Params& p, char* to, int b, int h, int i0, int j0) {
+  if constexpr (has(kSegments))
+    bring_segments<true, kKeys, kRowsOf>(p, to, b, i0, j0);
+  else
+    bring_truths_of_keys<kKeys, kRowsOf>(p, to, b, h, i0, j0);
+}
+constexpr int kBytesAdded = 64 * kRowsOf / 8;  // of a warpgroup
+
+// -inf where a bound or `bits`, if there are any, exclude a pair: thread key j, which is row r of
+// the bits, and the rows from i on.
+DEVICE void exclude(const Params& p, int b, float (&s)[1][kN][4], int j, int i,
+                    const char* bits = nullptr, int r = 0, bool cut = true) {
   const Entry entry = entry_of(p, hidden(b));
-  exclude_outside(s[0], [&](int half) { return rows_of_key(entry, hidden(j) + 8 * half, i); });
+  exclude_others(s[0], [&](int half) {
+    u32 seen = ~0u;
+    if constexpr (kBits)
+      if (bits) seen = Bits<kRowsOf>::of_row(bits, r + 8 * half);
+    if (cut) seen &= bits_within<kN>(rows_of_key(entry, hidden(j) + 8 * half, i));
+    return seen;
+  });
 }
 
 // Numbers of the two rows that a thread's columns 2 n and 2 n + 1 stand for; `rows` are its part's.
@@ -166,58 +212,81 @@ DEVICE void store_shared(u32 tile, const u32 (&factor)[kN / 2][4], const Part& p
 template <int kStages, bool kEveryTile>
 struct Loader {
   u32 k, v, q, o, lse, delta;  // buffers
-  u32 k_full, v_full, kv_free, q_full, q_free, o_full, o_free;
+  Step* steps;                 // of what is in Q's buffers
+  u32 k_full, v_full, kv_free, q_full, q_free, o_full, o_free, step_full;
 
-  static constexpr int kBytes = (3 + 4 * kStages) * 8;  // of the barriers
+  static constexpr int kBytesSteps = kAdds ? kStages * 16 : 0;
+  static constexpr int kBytes = kBytesSteps + (3 + (kAdds ? 5 : 4) * kStages) * 8;
 
-  DEVICE Loader(u32 of_k, u32 of_q, u32 of_lse, u32 barriers)
+  // `at` is where steps and barriers lie.
+  DEVICE Loader(u32 of_k, u32 of_q, u32 of_lse, char* at)
       : k(of_k), v(k + kBytesK), q(of_q), o(q + kStages * kBytesQ), lse(of_lse),
-        delta(lse + kStages * kBytesRows), k_full(barriers), v_full(k_full + 8),
-        kv_free(v_full + 8), q_full(kv_free + 8), q_free(q_full + 8 * kStages),
-        o_full(q_free + 8 * kStages), o_free(o_full + 8 * kStages) {}
+        delta(lse + kStages * kBytesRows), steps((Step*)at),
+        k_full(shared_address(at) + kBytesSteps), v_full(k_full + 8), kv_free(v_full + 8),
+        q_full(kv_free + 8), q_free(q_full + 8 * kStages), o_full(q_free + 8 * kStages),
+        o_free(o_full + 8 * kStages), step_full(o_free + 8 * kStages) {}
   DEVICE void init() const {
     barrier_init(k_full, 1);
     barrier_init(v_full, 1);
     barrier_init(kv_free, kReaders);
     for (int x = 0; x < kStages; x++) {
       barrier_init(q_full + 8 * x, 2);  // a tile and its rows' numbers
-      barrier_init(q_free + 8 * x, kReaders);
+      barrier_init(q_free + 8 * x, kReaders + kAdders);
       barrier_init(o_full + 8 * x, 2);
       barrier_init(o_free + 8 * x, kReaders);
+      if (kAdds) barrier_init(step_full + 8 * x, 1);
     }
   }
-  DEVICE void load(const Params& p, const Queue<kReaders>& queue, const TensorMap& map_q,
+  DEVICE void load(const Params& p, const Queue<kReaders + kAdders>& queue, const TensorMap& map_q,
                    const TensorMap& map_o, const TensorMap& map_k, const TensorMap& map_v) const {
     const int total = (int)(p.tiles * p.Hkv * p.batch);
     int tiles = 0, loaded = 0;
-    for (int turn = 0, index = blockIdx.x; queue.hand_on(turn, index, total); turn++) {
-      const Work work = work_of(p, index);
-      const int steps = steps_of(p, work);
-      Step step = first_step(p, work);
-      if (kEveryTile || steps > 0) {
+    for (int turn = 0, index = blockIdx.x;; turn++) {
+      Work work = {};
+      Step step = {};
+      if (index < total) {
+        work = work_of(p, index);
+        step = seek(p, work, first_step(p, work));
+      }
+      const bool any = exists(p, work, step);
+      if (!queue.hand_on(turn, index, total, any)) break;
+      if (kEveryTile || any) {
         barrier_wait(kv_free, (tiles & 1) ^ 1);
         tiles++;
       }
-      if (steps > 0) {
+      if (!leads()) {
+      } else if (any) {
         load_map<kBc, kD>(k, map_k, k_full, work.key0, work.kv_head, work.b);
       } else if (kEveryTile) {
         barrier_arrive(k_full);
         barrier_arrive(v_full);
       }
+      bool first = true;
 #pragma unroll 1
-      for (int x = 0; x < steps; x++, loaded++, step.next(work)) {
+      for (bool more = any; more; loaded++, first = false) {
+        const Step next = seek_after(p, work, step);
+        more = !step.last;
         const int stage = loaded % kStages, free = (loaded / kStages & 1) ^ 1;
         const int row0 = step.n * kBr;
         const i64 row = row_start(p, work.b, step.h) + row0;
         barrier_wait(q_free + 8 * stage, free);
-        load_map<kBr, kD>(q + stage * kBytesQ, map_q, q_full + 8 * stage, row0, step.h, work.b);
-        load_bytes(lse + stage * kBytesRows, (const float*)p.row_lse + row, kBytesRows,
-                   q_full + 8 * stage);
-        if (x == 0) load_map<kBc, kDv>(v, map_v, v_full, work.key0, work.kv_head, work.b);
+        if (leads()) {
+          if (kAdds) {
+            steps[stage] = step;
+            barrier_arrive(step_full + 8 * stage);
+          }
+          load_map<kBr, kD>(q + stage * kBytesQ, map_q, q_full + 8 * stage, row0, step.h, work.b);
+          load_bytes(lse + stage * kBytesRows, (const float*)p.row_lse + row, kBytesRows,
+                     q_full + 8 * stage);
+          if (first) load_map<kBc, kDv>(v, map_v, v_full, work.key0, work.kv_head, work.b);
+        }
         barrier_wait(o_free + 8 * stage, free);
-        load_map<kBr, kDv>(o + stage * kBytesO, map_o, o_full + 8 * stage, row0, step.h, work.b);
-        load_bytes(delta + stage * kBytesRows, (const float*)p.row_delta + row, kBytesRows,
-                   o_full + 8 * stage);
+        if (leads()) {
+          load_map<kBr, kDv>(o + stage * kBytesO, map_o, o_full + 8 * stage, row0, step.h, work.b);
+          load_bytes(delta + stage * kBytesRows, (const float*)p.row_delta + row, kBytesRows,
+                     o_full + 8 * stage);
+        }
+        step = next;
       }
       index = queue.next(p, total);
     }

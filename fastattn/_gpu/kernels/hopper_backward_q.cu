@@ -10,9 +10,10 @@
 constexpr int kStagesK = 2, kStagesV = 2 - (kD > 128);
 constexpr int kBuffers = kBytesQ + kBytesO + kStagesK * kBytesK + kStagesV * kBytesV;
 constexpr int kBytesResults = kBytesQ;
-constexpr bool kApart = kBuffers + kBytesResults + 256 <= 227 * 1024;  // dQ has room of its own,
-constexpr int kAtResults = kApart ? kBuffers : 0;                      // else it takes that of Q
-constexpr int kComputers = 240, kLoaders = 24;  // registers
+constexpr int kStagesAdded = kD <= 64 ? 2 : 1;
+constexpr int kBytesBrought = kAdders * kStagesAdded * kBytesAdded, kBytesRest = 256 + kBytesBrought;
+constexpr bool kApart = kBuffers + kBytesResults + kBytesRest <= 227 * 1024;  // dQ has its own room,
+constexpr int kAtResults = kApart ? kBuffers : 0;                             // else that of Q
 // Whether the last product of a block runs on beside the first of the next: where there are
 // registers.
 constexpr bool kRunsOn = kBc * 5 / 4 + kD / 2 <= 208;
@@ -25,11 +26,14 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
   const u32 sQ = shared_address(shared), sO = sQ + kBytesQ, sK = sO + kBytesO,
             sV = sK + kStagesK * kBytesK;
   char* const rest = shared + kBuffers + kApart * kBytesResults;
-  const Queue<kReaders> queue((int*)rest, shared_address(rest) + 8);
-  const u32 q_full = shared_address(rest) + 8 + queue.kBytes, q_free = q_full + 8,
+  const Queue<kReaders + kAdders> queue(rest);
+  Step* const steps = (Step*)(rest + queue.kBytes);  // of the blocks in K's buffers
+  const u32 q_full = shared_address(steps + (kAdds ? kStagesK : 0)), q_free = q_full + 8,
             o_full = q_free + 8, o_free = o_full + 8;
   const u32 k_full = o_free + 8, k_free = k_full + 8 * kStagesK;
   const u32 v_full = k_free + 8 * kStagesK, v_free = v_full + 8 * kStagesV;
+  const u32 step_full = v_free + 8 * kStagesV;
+  const Brought<kGroups, kStagesAdded, kBytesAdded> brought(rest + 256, step_full + 8 * kStagesK);
   if (threadIdx.x == 0) {
     queue.init();
     barrier_init(q_full, 1);
@@ -38,12 +42,14 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
     barrier_init(o_free, kReaders);
     for (int x = 0; x < kStagesK; x++) {
       barrier_init(k_full + 8 * x, 1);
-      barrier_init(k_free + 8 * x, kReaders);
+      barrier_init(k_free + 8 * x, kReaders + kAdders);
+      if (kAdds) barrier_init(step_full + 8 * x, 1);
     }
     for (int x = 0; x < kStagesV; x++) {
       barrier_init(v_full + 8 * x, 1);
       barrier_init(v_free + 8 * x, kReaders);
     }
+    if (kAdds) brought.init();
     barriers_ready();
   }
   __syncthreads();
@@ -51,44 +57,78 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
   // The computing warps come first, so that warps count as in hopper_careful_q.cu.
   if (threadIdx.x >= 128 * kGroups) {
     registers_down<kLoaders>();
-    if (threadIdx.x != 128 * kGroups) return;
+    const int other = (int)threadIdx.x - 128 * kGroups;
+    if (kAdds && other >= 32) {
+      const int group = other / 32 - 1;
+      if (group < kAdders)
+        bring_all<kStagesK>(
+            queue, brought, steps, step_full, k_free, group,
+            [&](int index) { return work_of(p, index); },
+            [&](char* to, const Work& work, const Step& step) {
+              bring_added<64>(p, to, work, work.row0 + group * 64, step.n);
+            });
+      return;
+    }
+    if (other >= kSeekers) return;
     const int total = (int)(p.tiles * p.Hq * p.batch);
     int tiles = 0, others = 0, keys = 0, values = 0;  // Q, dO, K, V loaded so far
-    for (int turn = 0, index = blockIdx.x; queue.hand_on(turn, index, total); turn++) {
-      const Work work = work_of(p, index);
+    for (int turn = 0, index = blockIdx.x;; turn++) {
+      Work work = {};
+      Step step = {};
+      if (index < total) {
+        work = work_of(p, index);
+        step = seek(p, work, work.from);
+      }
+      const bool any = step.n < work.to;
+      if (!queue.hand_on(turn, index, total, any)) break;
       const int kv_head = work.h / (int)p.group;
-      auto load_k = [&](int n) {
+      auto load_k = [&](const Step& step) {
         const int stage = keys % kStagesK;
         barrier_wait(k_free + 8 * stage, (keys / kStagesK & 1) ^ 1);
-        load_map<kBc, kD>(sK + stage * kBytesK, map_k, k_full + 8 * stage, n * kBc, kv_head,
-                          work.b);
+        if (leads()) {
+          if (kAdds) {
+            steps[stage] = step;
+            barrier_arrive(step_full + 8 * stage);
+          }
+          load_map<kBc, kD>(sK + stage * kBytesK, map_k, k_full + 8 * stage, step.n * kBc, kv_head,
+                            work.b);
+        }
         keys++;
       };
       auto load_v = [&](int n) {
         const int stage = values % kStagesV;
         barrier_wait(v_free + 8 * stage, (values / kStagesV & 1) ^ 1);
-        load_map<kBc, kDv>(sV + stage * kBytesV, map_v, v_full + 8 * stage, n * kBc, kv_head,
-                           work.b);
+        if (leads())
+          load_map<kBc, kDv>(sV + stage * kBytesV, map_v, v_full + 8 * stage, n * kBc, kv_head,
+                             work.b);
         values++;
       };
-      if (!kApart && work.from >= work.to) {  // results of zeros take the place of Q
+      auto seek_after = [&](Step& step) {
+        const Step next = seek(p, work, step.n + 1);
+        step.last = next.n >= work.to;
+        return next;
+      };
+      if (!kApart && !any) {  // results of zeros take the place of Q
         barrier_wait(q_free, (tiles & 1) ^ 1);
-        barrier_arrive(q_full);
+        if (leads()) barrier_arrive(q_full);
         tiles++;
       }
-      if (work.from < work.to) {
-        load_k(work.from);
+      if (any) {
+        Step next = seek_after(step);
+        load_k(step);
         barrier_wait(q_free, (tiles & 1) ^ 1);
-        load_map<kBr, kD>(sQ, map_q, q_full, work.row0, work.h, work.b);
+        if (leads()) load_map<kBr, kD>(sQ, map_q, q_full, work.row0, work.h, work.b);
         barrier_wait(o_free, (others & 1) ^ 1);
-        load_map<kBr, kDv>(sO, map_o, o_full, work.row0, work.h, work.b);
+        if (leads()) load_map<kBr, kDv>(sO, map_o, o_full, work.row0, work.h, work.b);
         tiles++;
         others++;
-        load_v(work.from);
+        load_v(step.n);
 #pragma unroll 1
-        for (int n = work.from + 1; n < work.to; n++) {
-          load_k(n);
-          load_v(n);
+        while (!step.last) {
+          step = next;
+          next = seek_after(step);
+          load_k(step);
+          load_v(step.n);
         }
       }
       index = queue.next(p, total);
@@ -101,9 +141,9 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
   const u64 of_q = along_rows(sQ + group * 64 * 128), of_o = along_rows(sO + group * 64 * 128);
   const u64 of_k = along_rows(sK), of_v = along_rows(sV), turned_k = along_columns<kBc>(sK);
   const float log2_unit = (float)(p.scale * kLog2e);
-  int tiles = 0, others = 0, blocks = 0;  // Q, dO, K and V done so far
+  int tiles = 0, others = 0, blocks = 0, taken_bits = 0;  // Q, dO, K and V done so far
   for (int turn = 0;; turn++) {
-    const int index = queue.take(turn);
+    const auto [index, some] = queue.take(turn);
     if (index < 0) return;
     const Work work = work_of(p, index);
     const int i = work.row0 + warp * 16 + (lane >> 2);
@@ -111,16 +151,18 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
     Rows rows;
     clear(dq);
     rows.load(p, work, i);
-    const bool any = work.from < work.to, has_q = any || !kApart;
+    const bool any = kAdds ? some : work.from < work.to, has_q = any || !kApart;
     if (has_q) barrier_wait(q_full, tiles & 1);
     if (any) {
       barrier_wait(o_full, others & 1);
 #pragma unroll 1
-      for (int n = work.from; n < work.to; n++, blocks++) {
+      for (int n = work.from, first = blocks; n < work.to; blocks++) {
         const int at_k = blocks % kStagesK, at_v = blocks % kStagesV;
         float s[1][kN][4], dp[kN][4];
         u32 factor[kN / 2][4];
         barrier_wait(k_full + 8 * at_k, blocks / kStagesK & 1);
+        const Step step = kAdds ? steps[at_k] : Step{n, 0, false};
+        if (kAdds) __syncwarp();  // before a lane gives the buffer back
         start_product<kD, kBr, kBc>(s[0], of_q, of_k + (at_k * kBytesK >> 4));
         barrier_wait(v_full + 8 * at_v, blocks / kStagesV & 1);
         start_product<kDv, kBr, kBc>(dp, of_o, of_v + (at_v * kBytesV >> 4));
@@ -128,9 +170,15 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
         settle(s[0]);
         if (kRunsOn) {
           settle(dq);
-          if (n > work.from && lane == 0) barrier_arrive(k_free + 8 * ((blocks - 1) % kStagesK));
+          if (blocks > first && lane == 0) barrier_arrive(k_free + 8 * ((blocks - 1) % kStagesK));
         }
-        if (work.cut(n)) exclude(p, work.b, s, i, n * kBc);
+        const bool adds = asks_added(step.needs), cut = work.cut(step.n);
+        if (adds || cut) {
+          const char* const bits = adds ? brought.wait(group, taken_bits) : nullptr;
+          exclude(p, work.b, s, i, step.n * kBc, bits, (warp & 3) * 16 + (lane >> 2), cut);
+          if (adds) brought.release(group, taken_bits++);
+        }
+        n = step.last ? work.to : step.n + 1;
 #pragma unroll
         for (int x = 0; x < kN; x++)
 #pragma unroll

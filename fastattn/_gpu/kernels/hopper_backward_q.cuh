@@ -3,6 +3,7 @@
 
 constexpr int kGroups = kBr / 64;      // warpgroups that compute,
 constexpr int kReaders = 4 * kGroups;  // and their warps
+constexpr int kAdders = kAdds ? kGroups : 0;  // warps that bring what they add
 constexpr int kN = kBc / 8, kO = kD / 8;
 constexpr int kBytesQ = tile_bytes(kBr, kD), kBytesO = tile_bytes(kBr, kDv);
 constexpr int kBytesK = tile_bytes(kBc, kD), kBytesV = tile_bytes(kBc, kDv);
@@ -33,10 +34,38 @@ DEVICE Work work_of(const Params& p, i64 index) {
   return w;
 }
 
-// -inf where a bound excludes a pair: thread row i and the keys from j on.
-DEVICE void exclude(const Params& p, int b, float (&s)[1][kN][4], int i, int j) {
+// A block of keys, what it asks for (Needs), and whether it is the last.
+struct alignas(16) Step { int n, needs, last; };
+
+// The first block from n on that is not empty; Work::to or beyond is none.
+DEVICE Step seek(const Params& p, const Work& work, int n) {
+  const Found found = first_of(
+      n, work.to, [&](int n) { return needs_of(p, work.b, work.h, work.row0 / kBr, n); });
+  return {found.n, found.needs, false};
+}
+
+// A warp brings what there is for kRows rows from i0 on and a block of keys.
+template <int kRows>
+DEVICE void bring_added(const Params& p, char* to, const Work& work, int i0, int n) {
+  if constexpr (has(kSegments))
+    bring_segments<false, kRows, kBc>(p, to, work.b, i0, n * kBc);
+  else
+    bring_truths_of_queries<kRows, kBc>(p, to, work.b, work.h, i0, n * kBc);
+}
+constexpr int kBytesAdded = 64 * kBc / 8;  // of a warpgroup
+
+// -inf where a bound or `bits`, if there are any, exclude a pair: thread row i, which is row r of
+// the bits, and the keys from j on.
+DEVICE void exclude(const Params& p, int b, float (&s)[1][kN][4], int i, int j,
+                    const char* bits = nullptr, int r = 0, bool cut = true) {
   const Entry entry = entry_of(p, hidden(b));
-  exclude_outside(s[0], [&](int half) { return keys_of_row(entry, hidden(i) + 8 * half, j); });
+  exclude_others(s[0], [&](int half) {
+    u32 seen = ~0u;
+    if constexpr (kBits)
+      if (bits) seen = Bits<kBc>::of_row(bits, r + 8 * half);
+    if (cut) seen &= bits_within<kN>(keys_of_row(entry, hidden(i) + 8 * half, j));
+    return seen;
+  });
 }
 
 // A thread's two rows.

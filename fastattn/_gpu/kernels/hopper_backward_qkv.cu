@@ -15,7 +15,7 @@
 // Blocks stay (see Queue). A warp whose dK or dV do not all end finite sets its flag, for
 // hopper_careful_kv.cu.
 
-static_assert(!kShare && kGroups * 64 * 64 == kBr * panels_of(kD) * kPanel,
+static_assert(!kShare && !kGeneral && kGroups * 64 * 64 == kBr * panels_of(kD) * kPanel,
               "a warpgroup's part of dS K");
 constexpr bool kRowsApart = kBr == 128;  // warpgroups make other rows of dS K, or other columns
 constexpr int kStages = 2;
@@ -23,7 +23,6 @@ constexpr int kBytesS = tile_bytes(kBc, kBr), kBytesSums = 64 * 64 * 4;
 constexpr int kBytesStage = kBytesQ + kBytesO + 2 * kBytesRows;
 constexpr int kBuffers = kBytesK + kBytesV + kStages * kBytesStage + 2 * (kBytesS + kBytesSums);
 static_assert(kBytesK + kBytesV <= 2 * (kBytesS + kBytesSums), "");
-constexpr int kComputers = 240, kLoaders = 24;  // registers
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 hopper_backward_qkv(const __grid_constant__ Params p, const __grid_constant__ TensorMap map_q,
@@ -36,8 +35,8 @@ hopper_backward_qkv(const __grid_constant__ Params p, const __grid_constant__ Te
   const u32 sS = sO + kStages * kBytesO, sSums = sS + 2 * kBytesS,
             sLse = sSums + kGroups * kBytesSums, sDelta = sLse + kStages * kBytesRows;
   char* const rest = shared + kBuffers;
-  const Queue<kReaders> queue((int*)rest, shared_address(rest) + 8);
-  const Loader<kStages, false> loader(sK, sQ, sLse, shared_address(rest) + 8 + queue.kBytes);
+  const Queue<kReaders> queue(rest);
+  const Loader<kStages, false> loader(sK, sQ, sLse, rest + queue.kBytes);
   if (threadIdx.x == 0) {
     queue.init();
     loader.init();
@@ -68,7 +67,7 @@ hopper_backward_qkv(const __grid_constant__ Params p, const __grid_constant__ Te
   const bool adds = threadIdx.x % 128 == 0;  // the thread that has a warpgroup's sums added
   int tiles = 0, done = 0;                   // and steps
   for (int turn = 0;; turn++) {
-    const int index = queue.take(turn);
+    const int index = queue.take(turn).index;
     if (index < 0) return;
     const Work work = work_of(p, index);
     const int steps = steps_of(p, work), end = done + max_of(steps, 0);

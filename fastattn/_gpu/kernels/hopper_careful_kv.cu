@@ -18,6 +18,7 @@ hopper_careful_kv(const __grid_constant__ Params p) {
   char* const sS = sP + kBytesP;
   float* const lse_rows = (float*)(sS + kBytesP);
   float* const delta_rows = lse_rows + kBr;
+  char* const added = (char*)(delta_rows + kBr) + (threadIdx.x >> 5) * kBytesAdded / 4;  // of the warp
   const i64 total = p.tiles * p.Hkv * p.batch;
   constexpr int kFlags = 4 * kGroups;
   if (p.flags && !any_flagged<kFlags>(p, total)) return;
@@ -34,7 +35,7 @@ hopper_careful_kv(const __grid_constant__ Params p) {
   for (i64 index = blockIdx.x; index < total; index += gridDim.x) {
     if (p.flags && !flagged<kFlags>(p, index)) continue;
     const Work work = work_of(p, index);
-    const int b = work.b, kv_head = work.kv_head, steps = steps_of(p, work);
+    const int b = work.b, kv_head = work.kv_head;
     const int j = work.key0 + part.key + warp % 4 * 16 + (lane >> 2);
     const int keys = entry_of(p, b).kv_len - work.key0, q_len = entry_of(p, b).q_len;
 
@@ -47,11 +48,11 @@ hopper_careful_kv(const __grid_constant__ Params p) {
                                    (int)p.D, kUsual);
       load_tile_carefully<kBc, kDv>(sV, p.v, p.v.at(b, kv_head) + work.key0 * p.v.row, keys,
                                     (int)p.Dv, kUsual);
-      Step step = first_step(p, work);
+      Step step = seek(p, work, first_step(p, work));
 #pragma unroll 1
-      for (int x = 0; x < steps; x++, step.next(work)) {
+      for (; exists(p, work, step); step = seek_after(p, work, step)) {
         const int h = step.h, row0 = step.n * kBr;
-        float s[1][kN][4], dp[kN][4];
+        float s[1][kN][4], dp[1][kN][4];
         u32 of_p[kN / 2][4], of_ds[kN / 2][4];
         load_tile_carefully<kBr, kD>(sQ, p.q, p.q.at(b, h) + row0 * p.q.row, q_len - row0, (int)p.D,
                                      kUsual);
@@ -61,14 +62,21 @@ hopper_careful_kv(const __grid_constant__ Params p) {
           lse_rows[r] = ((const float*)p.row_lse)[row_start(p, b, h) + row0 + r];
           delta_rows[r] = ((const float*)p.row_delta)[row_start(p, b, h) + row0 + r];
         }
+        const bool adds = asks_added(step.needs);
+        if (adds)
+          bring_added<16>(p, added, b, h, row0 + part.row, work.key0 + part.key + warp % 4 * 16);
         writes_to_async();
         __syncthreads();
         start_product<kD, kBc, kBr>(s[0], of_k, of_q);
-        start_product<kDv, kBc, kBr>(dp, of_v, of_o);
+        start_product<kDv, kBc, kBr>(dp[0], of_v, of_o);
         products_wait<0>();
         settle(s[0]);
-        settle(dp);
-        exclude(p, b, s, j, row0 + part.row);
+        settle(dp[0]);
+        if constexpr (kGeneral)
+          apply_factors(p, s, dp, true, Kept<1, kN>(), [&](int, int n, int e) {
+            return pair_of(delta_rows + part.row, n).x[e & 1];
+          });
+        exclude(p, b, s, j, row0 + part.row, adds ? added : nullptr, lane >> 2);
 #pragma unroll
         for (int n = 0; n < kN; n++) {
           const Pair lse = pair_of(lse_rows + part.row, n),
@@ -76,13 +84,13 @@ hopper_careful_kv(const __grid_constant__ Params p) {
 #pragma unroll
           for (int e = 0; e < 4; e++) {
             const Gradient of =
-                gradient<true>(p, s[0][n][e], dp[n][e], lse.x[e & 1], delta.x[e & 1], mode);
+                gradient<true>(p, s[0][n][e], dp[0][n][e], lse.x[e & 1], delta.x[e & 1], mode);
             s[0][n][e] = of.p;
-            dp[n][e] = of.ds;
+            dp[0][n][e] = of.ds;
           }
         }
         to_factor(of_p, s[0]);
-        to_factor(of_ds, dp);
+        to_factor(of_ds, dp[0]);
         __syncthreads();
         if (mode != kUsual) {
           sanitize_tile<kBytesQ>(sQ, mode);

@@ -14,6 +14,7 @@ hopper_careful_q(const __grid_constant__ Params p) {
   char* const sO = sQ + kBytesQ;
   char* const sK = sO + kBytesO;
   char* const sV = sK + kBytesK;
+  char* const added = sV + kBytesV + (threadIdx.x >> 5) * kBytesAdded / 4;  // of the warp
   const i64 total = p.tiles * p.Hq * p.batch;
   constexpr int kFlags = 4 * kGroups;
   if (p.flags && !any_flagged<kFlags>(p, total)) return;
@@ -43,29 +44,35 @@ hopper_careful_q(const __grid_constant__ Params p) {
       load_tile_carefully<kBr, kDv>(sO, p.dout, p.dout.at(b, h) + work.row0 * p.dout.row, q_rows,
                                     (int)p.Dv, kUsual);
 #pragma unroll 1
-      for (int n = work.from; n < work.to; n++) {
-        const int j = n * kBc;
-        float s[1][kN][4], dp[kN][4];
+      for (Step step = seek(p, work, work.from); step.n < work.to;
+           step = seek(p, work, step.n + 1)) {
+        const int j = step.n * kBc;
+        float s[1][kN][4], dp[1][kN][4];
         u32 factor[kN / 2][4];
         load_tile_carefully<kBc, kD>(sK, p.k, p.k.at(b, kv_head) + j * p.k.row, kv_len - j,
                                      (int)p.D, kUsual);
         load_tile_carefully<kBc, kDv>(sV, p.v, p.v.at(b, kv_head) + j * p.v.row, kv_len - j,
                                       (int)p.Dv, kUsual);
+        const bool adds = asks_added(step.needs);
+        if (adds) bring_added<16>(p, added, work, work.row0 + warp * 16, step.n);
         writes_to_async();
         __syncthreads();
         start_product<kD, kBr, kBc>(s[0], of_q, of_k);
-        start_product<kDv, kBr, kBc>(dp, of_o, of_v);
+        start_product<kDv, kBr, kBc>(dp[0], of_o, of_v);
         products_wait<0>();
         settle(s[0]);
-        settle(dp);
-        exclude(p, b, s, i, j);
+        settle(dp[0]);
+        if constexpr (kGeneral)
+          apply_factors(p, s, dp, true, Kept<1, kN>(),
+                        [&](int, int, int e) { return rows.delta[e >> 1]; });
+        exclude(p, b, s, i, j, adds ? added : nullptr, lane >> 2);
 #pragma unroll
         for (int y = 0; y < kN; y++)
 #pragma unroll
           for (int e = 0; e < 4; e++)
-            dp[y][e] = gradient<true>(p, s[0][y][e], dp[y][e], rows.lse[e >> 1],
-                                      rows.delta[e >> 1], mode).ds;
-        to_factor(factor, dp);
+            dp[0][y][e] = gradient<true>(p, s[0][y][e], dp[0][y][e], rows.lse[e >> 1],
+                                         rows.delta[e >> 1], mode).ds;
+        to_factor(factor, dp[0]);
         __syncthreads();
         if (mode != kUsual) {
           sanitize_tile<kBytesK>(sK, mode);

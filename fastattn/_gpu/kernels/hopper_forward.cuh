@@ -16,9 +16,9 @@ constexpr int kN = kBc / 8, kO = kDv / 8;
 constexpr int kMostSteps = 8 / kHalves;
 constexpr int kSteps = kD / 16, kFirstSteps = kSteps > kMostSteps ? kMostSteps : kSteps;
 constexpr int kShares = kHalves == 2 ? kDv / 64 : 1;  // of the columns of P V
-// What a block has besides its bounds: truths or numbers of a mask or bias, as they are, or which
-// pairs segments leave, as bits. Bytes of a row.
-constexpr bool kBits = has(kSegments), kAdds = has(kBools) || has(kNumbers) || has(kSegments);
+// What a block has besides its bounds (hopper_added.cuh), a bool mask's truths as they are. Bytes
+// of a row.
+constexpr bool kBits = has(kSegments);
 constexpr int kAddedRow = kBits ? 16 : has(kBools) ? kBc + 16 : (kBc + 8) * 2;
 
 // Rows of a query head, and the blocks of keys that they see.
@@ -56,10 +56,6 @@ DEVICE Work work_of_group(const Params& p, int b, int tile, int group) {
 // A block of keys, what it asks for (Needs), and which one follows; before Work::from is the end.
 struct alignas(16) Step { int n, needs, next; };
 
-DEVICE bool asks_added(int needs) {
-  return asks_bools(needs) || asks_numbers(needs) || asks_ids(needs);
-}
-
 // The next block that a tile of rows has to see, n or one before it.
 DEVICE Step seek(const Params& p, int b, int h, int tile, int from, int n) {
   Step step = {n};
@@ -72,67 +68,20 @@ DEVICE Step seek(const Params& p, int b, int h, int tile, int from, int n) {
   return step;
 }
 
-// A warp brings a tile of a mask or bias, in chunks as large as its address and strides allow.
-template <class T, int kRows>
-DEVICE void load_added_rows(char* to, int pitch, const Array& array, const char* from, int rows,
-                            int columns) {
-  constexpr int kSize = sizeof(T);
-  if (array.access == kVectors) {
-    copy_tile<kSize, kRows, 32>(to, pitch, from, array.row, rows, columns);
-  } else if (array.column == kSize && ((i64)from | array.row) % 4 == 0) {
-    copy_tile<kSize, kRows, 32, 4>(to, pitch, from, array.row, rows, columns);
-  } else {
-#pragma unroll 4
-    for (int x = threadIdx.x & 31; x < (pitch ? kRows : 1) * kBc; x += 32) {
-      const int r = x / kBc, c = x % kBc;
-      T y = {};
-      if (r < rows && c < columns)
-        y = load<T>(from + r * array.row + c * array.column, array.access);
-      ((T*)(to + r * pitch))[c] = y;
-    }
-  }
-  copies_commit();
-  copies_wait<0>();
-}
-
-// A warp brings what there is for kRows rows from i0 on and the block of keys from j0 on. Of
-// segments, bit x of a row's word k is that of column 4 x + k.
+// A warp brings what there is for kRows rows from i0 on and the block of keys from j0 on.
 template <int kRows>
 DEVICE void load_added_of(const Params& p, char* to, int b, int h, int i0, int j0) {
   if constexpr (kBits) {
-    const int lane = threadIdx.x & 31;
-    auto id = [&](const Array& of, int at, i64 end) {
-      return load<i64>(of.at(b, 0) + min_of((i64)at, end - 1) * of.row, of.access);
-    };
-    i64 of_rows, of_keys[4];
-#pragma unroll
-    for (int k = 0; k < 4; k++) of_keys[k] = id(p.kv_segment_ids, j0 + 4 * lane + k, p.Lk);
-#pragma unroll 1
-    for (int r = 0; r < kRows; r++) {
-      if (r % 32 == 0) of_rows = id(p.q_segment_ids, i0 + r + lane, p.Lq);
-      const i64 own = __shfl_sync(~0u, of_rows, r % 32);
-      u32 words[4];
-#pragma unroll
-      for (int k = 0; k < 4; k++) words[k] = __ballot_sync(~0u, own == of_keys[k]);
-      if (lane == 0) ((uint4*)to)[r] = make_uint4(words[0], words[1], words[2], words[3]);
-    }
+    bring_segments<false, kRows, 128>(p, to, b, i0, j0);
   } else {
     const Array& array = p.attn_mask.data ? p.attn_mask : p.bias;
     const char* const from = array.at(b, h) + i0 * array.row + j0 * array.column;
     const int rows = (int)p.Lq - i0, columns = (int)p.Lk - j0;
     if constexpr (has(kBools))
-      load_added_rows<u8, kRows>(to, bools_pitch(p), array, from, rows, columns);
+      bring_numbers<u8, kRows>(to, bools_pitch(p), array, from, rows, columns);
     else
-      load_added_rows<Elem, kRows>(to, numbers_pitch(p), array, from, rows, columns);
+      bring_numbers<Elem, kRows>(to, numbers_pitch(p), array, from, rows, columns);
   }
-  __syncwarp();
-}
-
-// Bits of a thread's columns of row r: bit 2 n + e is that of column 8 n + 2 t + e.
-DEVICE u32 bits_of_row(const char* added, int r) {
-  const int t = threadIdx.x & 3;
-  const uint2 both = *(const uint2*)(added + r * kAddedRow + (t & 1) * 8);
-  return both.x >> (t >> 1) & 0x55555555 | (both.y >> (t >> 1) & 0x55555555) << 1;
 }
 
 // A thread's elements in the 16 rows of its warp, and their queries, i0 being the first.
@@ -205,7 +154,7 @@ struct Scores {
   DEVICE void exclude(const Params& p, int b, int i, int j, const char* bits, bool cut) {
     const Entry entry = entry_of(p, hidden(b));
     exclude_others(s[0], [&](int half) {
-      u32 seen = kBits && bits ? bits_of_row(bits, (threadIdx.x >> 2 & 7) + 8 * half) : ~0u;
+      u32 seen = kBits && bits ? Bits<128>::of_row(bits, (threadIdx.x >> 2 & 7) + 8 * half) : ~0u;
       if (cut) seen &= bits_within<kN>(keys_of_row(entry, hidden(i) + 8 * half, j));
       return seen;
     });

@@ -205,9 +205,9 @@ DEVICE char* numbers_at(const Params& p, char* added) {
 }
 
 // A tile of an array as it is, `from` being its first element, of which rows x columns exist.
-template <int kSize, int kRows = kBr, int kBy = kThreads, int kChunk = 16>
+template <int kSize, int kRows = kBr, int kBy = kThreads, int kChunk = 16, int kColumns = kBc>
 DEVICE void copy_tile(char* to, int pitch, const char* from, i64 stride, int rows, int columns) {
-  constexpr int kChunks = kBc * kSize / kChunk;
+  constexpr int kChunks = kColumns * kSize / kChunk;
   const int count = pitch ? kRows : 1;
 #pragma unroll 2
   for (int x = thread_of<kBy>(); x < count * kChunks; x += kBy) {
