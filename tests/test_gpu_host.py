@@ -383,6 +383,8 @@ def hopper_layout(c):
     names["kAdders"] = c.Br // 64 if c.options in rows else 0
     if c.kernel.startswith(("hopper_backward", "hopper_careful_")):
         names["kAdders"] = 2 if c.options else 0
+        names["kAdds"] = bool(c.options)
+        names["kGroups"] = 2
     names["kRowsOf"] = c.Br // 2 if names["kShare"] else c.Br
     for name, parameters, expression in functions:
         words = [parameter.split()[1] for parameter in parameters.split(", ")]

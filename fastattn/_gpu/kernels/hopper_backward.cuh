@@ -9,6 +9,7 @@
 constexpr bool kBits = has(kBools) || has(kSegments);
 constexpr int kMoved = kAdds && kD <= 128 ? 8 : 0;  // registers
 constexpr int kComputers = 240 - kMoved, kLoaders = 24 + 2 * kMoved;
+constexpr int kLanes = 1;  // of a warp, that arrive for it
 // Where some tiles are skipped, all lanes of the loading warp look for the next; the first loads.
 constexpr int kSeekers = kAdds ? 32 : 1;
 DEVICE bool leads() { return kSeekers == 1 || (threadIdx.x & 31) == 0; }
@@ -90,8 +91,8 @@ struct Brought {
       : slots(to), full(barriers), free(barriers + kBarriers / 2) {}
   DEVICE void init() const {
     for (int x = 0; x < kGroups * kSlots; x++) {
-      barrier_init(full + 8 * x, 1);
-      barrier_init(free + 8 * x, 4);
+      barrier_init(full + 8 * x, kLanes);
+      barrier_init(free + 8 * x, 4 * kLanes);
     }
   }
   DEVICE char* at(int group, int turn) const {

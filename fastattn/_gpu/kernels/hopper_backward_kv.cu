@@ -14,7 +14,7 @@ constexpr int kBuffers =
     kBytesK + kBytesV + kStages * (kBytesQ + kBytesO) + 2 * kBytesP + 2 * kStages * kBytesRows;
 constexpr int kBytesResults = kBytesK + kBytesV;
 constexpr int kStagesAdded = 2;
-constexpr int kBytesBrought = kAdders * kStagesAdded * kBytesAdded, kBytesRest = 256 + kBytesBrought;
+constexpr int kBytesBrought = kAdds * kGroups * kStagesAdded * kBytesAdded, kBytesRest = 256 + kBytesBrought;
 constexpr bool kApart = kBuffers + kBytesResults + kBytesRest <= 227 * 1024;  // have their own room,
 constexpr int kAtResults = kApart ? kBuffers : 0;                             // else that of K, V
 // Whether the last products of a step run on beside the first of the next: where there are
@@ -48,7 +48,7 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
     registers_down<kLoaders>();
     const int other = (int)threadIdx.x - 128 * kGroups;
     if (other < kSeekers) loader.load(p, queue, map_q, map_o, map_k, map_v);
-    if (kAdds && other >= 32 && other < 32 + 32 * kAdders) {
+    if (kAdds && other >= 32 && other < 32 + 32 * kGroups) {
       const int group = other / 32 - 1;
       const Part part(group);
       bring_all<kStages>(

@@ -8,8 +8,8 @@
 // and dS^T go through shared memory.
 
 constexpr int kGroups = 2;             // warpgroups that compute,
-constexpr int kReaders = 4 * kGroups;  // and their warps
-constexpr int kAdders = kAdds ? kGroups : 0;  // warps that bring what they add
+constexpr int kReaders = 4 * kGroups * kLanes;  // their warps, for barriers,
+constexpr int kAdders = kAdds ? kGroups * kLanes : 0;  // and those that bring for them
 constexpr bool kShare = kD > 128;
 static_assert(kD == kDv && kBc == (kShare ? 64 : 128), "");
 constexpr int kRowsOf = kShare ? kBr / kGroups : kBr, kOut = kShare ? kD / kGroups : kD;

@@ -11,7 +11,7 @@ constexpr int kStagesK = 2, kStagesV = 2 - (kD > 128);
 constexpr int kBuffers = kBytesQ + kBytesO + kStagesK * kBytesK + kStagesV * kBytesV;
 constexpr int kBytesResults = kBytesQ;
 constexpr int kStagesAdded = kD <= 64 ? 2 : 1;
-constexpr int kBytesBrought = kAdders * kStagesAdded * kBytesAdded, kBytesRest = 256 + kBytesBrought;
+constexpr int kBytesBrought = kAdds * kGroups * kStagesAdded * kBytesAdded, kBytesRest = 256 + kBytesBrought;
 constexpr bool kApart = kBuffers + kBytesResults + kBytesRest <= 227 * 1024;  // dQ has its own room,
 constexpr int kAtResults = kApart ? kBuffers : 0;                             // else that of Q
 // Whether the last product of a block runs on beside the first of the next: where there are
@@ -60,7 +60,7 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
     const int other = (int)threadIdx.x - 128 * kGroups;
     if (kAdds && other >= 32) {
       const int group = other / 32 - 1;
-      if (group < kAdders)
+      if (group < kGroups)
         bring_all<kStagesK>(
             queue, brought, steps, step_full, k_free, group,
             [&](int index) { return work_of(p, index); },

@@ -2,8 +2,8 @@
 // g + 8 of its warp's 16, and walks over blocks of kBc keys from the first to the last.
 
 constexpr int kGroups = kBr / 64;      // warpgroups that compute,
-constexpr int kReaders = 4 * kGroups;  // and their warps
-constexpr int kAdders = kAdds ? kGroups : 0;  // warps that bring what they add
+constexpr int kReaders = 4 * kGroups * kLanes;  // their warps, for barriers,
+constexpr int kAdders = kAdds ? kGroups * kLanes : 0;  // and those that bring for them
 constexpr int kN = kBc / 8, kO = kD / 8;
 constexpr int kBytesQ = tile_bytes(kBr, kD), kBytesO = tile_bytes(kBr, kDv);
 constexpr int kBytesK = tile_bytes(kBc, kD), kBytesV = tile_bytes(kBc, kDv);
