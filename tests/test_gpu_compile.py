@@ -162,11 +162,11 @@ def jobs_of_hopper(kernel):
     fast = [chosen(kernel, 90, dtype, 64) for dtype in ("float16", "bfloat16")]
     if kernel == "backward_kv":
         fast += [config.together(c) for c in fast]
-    if kernel == "forward":
-        fast += [chosen(kernel, 90, "bfloat16", 64, options) for options in config.OPTIONS]
+    finished = [*fast]
+    fast += [chosen(kernel, 90, "bfloat16", 64, options) for options in config.OPTIONS]
     found = [c for f in fast for c in (f, config.careful(f))]
     if kernel == "backward_q":
-        found += [config.finisher(f) for f in fast]
+        found += [config.finisher(f) for f in finished]
     return [(c, 90) for c in dict.fromkeys(found)]
 
 
@@ -268,7 +268,7 @@ def jobs_of_slow(arch):
         if (c, arch) not in default
         and (
             c.fast
-            or c.kernel == "hopper_forward"
+            or c.kernel in ("hopper_forward", "hopper_backward_q", "hopper_backward_kv")
             or (
                 c not in earlier
                 and (

@@ -163,14 +163,16 @@ class Config(NamedTuple):
             fits = buffers + barriers + results <= shared_limit(90)
             return buffers + barriers + (results if fits else 0)
 
-        # Of a backward: a bit for each pair of a tile.
-        bits = self.Br * self.Bc // 8 if self.options in ("bools", "segments") else 0
+        # Of a backward: a bit for each pair of a tile, or numbers.
+        added = self.Br * self.Bc // 8 if self.options in _BITS else 0
+        if self.options == "numbers":
+            added = self.added_bytes(0, self.Br, 2)
         if self.kernel == "hopper_backward_q":
             stages_v = 1 if self.D > 128 else 2
             buffers = self.Br * (row + row_v) + self.Bc * (2 * row + stages_v * row_v)
-            return with_results(buffers + bits * (2 if self.D <= 64 else 1), self.Br * row)
+            return with_results(buffers + added * (2 if self.D <= 64 else 1), self.Br * row)
         if self.kernel == "hopper_careful_q":
-            return (self.Br + self.Bc) * (row + row_v) + bits
+            return (self.Br + self.Bc) * (row + row_v) + added
         if self.kernel == "hopper_finish_q":
             return self.Br * row
         if self.kernel == "hopper_split":
@@ -194,8 +196,9 @@ class Config(NamedTuple):
             stage = self.Br * (row + row_v + 2 * 4)  # with lse and delta
             kv = self.Bc * (row + row_v)
             if self.kernel == "hopper_careful_kv":
-                return kv + shared + stage + bits
-            return with_results(kv + shared + 2 * stage + 2 * bits, kv)
+                return kv + shared + stage + added
+            slots = 1 if self.options == "numbers" and self.D > 64 else 2
+            return with_results(kv + shared + 2 * stage + slots * added, kv)
         stages = 2 if self.kernel == "hopper_forward" else 1
         buffers = self.Br * row + stages * self.Bc * (row + row_v)
         if self.options == "segments":  # bits of rows
@@ -351,25 +354,29 @@ def _hopper_forward(dtype: str, options: str, D: int, Dv: int, rows: int) -> Con
 # Likewise of a backward: the widest head tile -> (Br, Bc). In float32 heads have a least size:
 # sums of few products feel what two float16 numbers lack.
 _LEAST_OF_HALVES = 16
-_OF_HOPPERS_BACKWARD = ("bools", "segments")  # of OPTIONS, one at a time
 _HOPPER_BACKWARD_TILES = {
     ("backward_q", 2): {64: (128, 128), 96: (128, 128), 128: (128, 128), 256: (128, 64)},
     ("backward_kv", 2): {64: (128, 128), 96: (64, 128), 128: (64, 128), 256: (64, 64)},
+    ("backward_kv factor", 2): {64: (64, 128), 96: (64, 128), 128: (64, 128)},
     ("backward_q", 4): {64: (128, 64), 128: (128, 32)},
     ("backward_kv", 4): {64: (64, 128), 128: (32, 128)},
 }
+_BITS = ("bools", "segments")  # options that come to a tile as a bit for each pair
+_FACTORS = ("softcap", "alibi", "dropout")  # that take registers
 
 
 def _hopper_backward(kernel: str, dtype: str, options: str, D: int, Dv: int) -> Config | None:
-    """The configuration of sm_90a that serves a backward, if one does."""
+    """The configuration of sm_90a that serves a backward, if one does; in 16 bits also with one
+    element-wise option, for wide heads only where that takes few registers and little memory."""
     size = DTYPES[dtype]
     if size > 4 or 0 in (D, Dv) or D * size % 16 or Dv * size % 16:
         return None
-    if options and (options not in _OF_HOPPERS_BACKWARD or size > 2):
+    if options and (options == "all" or size > 2 or (max(D, Dv) > 128 and options not in _BITS)):
         return None
     if size == 4 and min(D, Dv) < _LEAST_OF_HALVES:
         return None
-    for tile, (Br, Bc) in _HOPPER_BACKWARD_TILES[kernel, size].items():
+    factor = " factor" if kernel == "backward_kv" and options in _FACTORS else ""
+    for tile, (Br, Bc) in _HOPPER_BACKWARD_TILES[kernel + factor, size].items():
         if max(D, Dv) <= tile:
             own = f"hopper_{kernel}"
             name = own if size == 2 else own.replace("backward", "halves")
@@ -476,6 +483,11 @@ def configs(arch: int, family: str) -> list[Config]:
 
 def _specific(family: str) -> bool:
     return family.endswith("a")
+
+
+def generic(family: str) -> str:
+    """The family that has what a family lacks, or that family itself."""
+    return _GENERIC if _specific(family) else family
 
 
 def runs(family: str, arch: int) -> bool:

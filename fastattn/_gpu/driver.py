@@ -31,6 +31,7 @@ from fastattn._gpu.config import (
     careful,
     choose,
     finisher,
+    generic,
     splitter,
     together,
 )
@@ -306,19 +307,16 @@ def _backward(
     if dalibi_slopes is not None:
         row_sum = call.workspace(rows, p.acc)
     if dq is not None or dalibi_slopes is not None:
-        config = call.config("backward_q")
-        more: dict[str, Any] = {"tiles": -(-p.Lq // config.Br)}
-        more["pieces"] = max(1, -(-p.D // config.D)) if config.walk else 1
-        blocks = p.batch * p.Hq * more["tiles"] * more["pieces"]
-        more |= call.survey(config, arrays)
         given = {} if dq is None else {"dq": call.array(dq)}
+        more: dict[str, Any] = {}
         if dalibi_slopes is not None:
             # Sums without the softcap's slope, and of products that are rounded.
             if given and (p.softcap or p.dtype != "float64"):
-                _launch_backward(call, config, blocks, arrays | given, scalars | more)
+                _rows_of_dq(call, call.config("backward_q"), arrays | given, scalars)
                 given = {}
             more["row_sum"] = row_sum
-        _launch_backward(call, config, blocks, arrays | given, scalars | more)
+        config = call.config("backward_q", of_hopper=not more)  # whose kernels make no such sums
+        _rows_of_dq(call, config, arrays | given, scalars | more)
     if (dk is not None or dv is not None) and p.Lk:
         config = call.config("backward_kv")
         more = {"tiles": -(-p.Lk // config.Bc)}
@@ -337,6 +335,18 @@ def _backward(
     if dalibi_slopes is not None:
         more = {"sums": dalibi_slopes.address, "slices": 0, "row_sum": row_sum}
         call.launch(call.config("reduce"), p.Hq, arrays, scalars | more)
+
+
+def _rows_of_dq(
+    call: _Call, config: Config, arrays: dict[str, Any], scalars: dict[str, Any]
+) -> None:
+    """What backward_q makes: dQ, or rows' sums."""
+    p = call.problem
+    more: dict[str, Any] = {"tiles": -(-p.Lq // config.Br)}
+    more["pieces"] = max(1, -(-p.D // config.D)) if config.walk else 1
+    blocks = p.batch * p.Hq * more["tiles"] * more["pieces"]
+    more |= call.survey(config, arrays)
+    _launch_backward(call, config, blocks, arrays, scalars | more)
 
 
 def _halves(call: _Call, config: Config, arrays: dict[str, Any]) -> dict[str, Any]:
@@ -515,15 +525,19 @@ class _Call(Planner):
         self.device = device
         self.options = self._options()
 
-    def config(self, kernel: str, rows: int = 0) -> Config:
+    def config(self, kernel: str, rows: int = 0, of_hopper: bool = True) -> Config:
+        """What serves the call; one of Hopper's own, if there is one, where `of_hopper` allows it."""
         p, device = self.problem, self.device
         rows = 16 if rows <= 16 else 64 if rows <= 64 else 128
 
-        def chosen(options: str) -> Config:
-            return choose(kernel, device.arch, device.family, p.dtype, options, p.D, p.Dv, rows)
+        def chosen(family: str, options: str) -> Config:
+            return choose(kernel, device.arch, family, p.dtype, options, p.D, p.Dv, rows)
 
-        found = chosen(self.asked[True].options)
-        return found if found.kernel in HOPPER_KERNELS else chosen(self.asked[False].options)
+        if of_hopper:
+            found = chosen(device.family, self.asked[True].options)
+            if found.kernel in HOPPER_KERNELS:
+                return found
+        return chosen(generic(device.family), self.asked[False].options)
 
     def launch(
         self, config: Config, blocks: int, arrays: dict[str, Any], scalars: dict[str, Any],

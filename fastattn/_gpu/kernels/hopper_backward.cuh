@@ -7,6 +7,7 @@
 // others what each of the rest asks for. For each warpgroup that computes, another warp of the
 // loader's brings that (hopper_added.cuh).
 constexpr bool kBits = has(kBools) || has(kSegments);
+constexpr bool kFactors = kGeneral && !kBits;  // options of which dS knows more than scores
 constexpr int kMoved = kAdds && kD <= 128 ? 8 : 0;  // registers
 constexpr int kComputers = 240 - kMoved, kLoaders = 24 + 2 * kMoved;
 constexpr int kLanes = 1;  // of a warp, that arrive for it
@@ -79,8 +80,9 @@ struct Queue {
   }
 };
 
-// What warps bring, in kSlots slots of kBytes in turn for each warpgroup that computes.
-template <int kGroups, int kSlots, int kBytes>
+// What warps bring, in kSlots slots in turn: each of kBytes, in which that for a warpgroup follows
+// kBytesGroup after that for the one before.
+template <int kGroups, int kSlots, int kBytes, int kBytesGroup>
 struct Brought {
   char* slots;
   u32 full, free;  // barriers, kSlots of each for each warpgroup
@@ -96,7 +98,7 @@ struct Brought {
     }
   }
   DEVICE char* at(int group, int turn) const {
-    return slots + (group * kSlots + turn % kSlots) * kBytes;
+    return slots + turn % kSlots * kBytes + group * kBytesGroup;
   }
   DEVICE u32 barrier(u32 of, int group, int turn) const {
     return of + 8 * (group * kSlots + turn % kSlots);
@@ -194,8 +196,43 @@ DEVICE void clear(float (&c)[N][4]) {
   for (int n = 0; n < N; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
 }
 
+// apply_factors of the fast kernels: softcap's a few columns at a time, or registers would not do.
+template <int N, class DeltaOf>
+DEVICE void apply_factors_by_parts(const Params& p, float (&s)[1][N][4], float (&dp)[1][N][4],
+                                   const Kept<1, N>& kept, DeltaOf delta) {
+  if constexpr (has(kSoftcap)) {
+    constexpr int kPart = 4;
+#pragma unroll
+    for (int n0 = 0; n0 < N; n0 += kPart) {
+      float part[1][kPart][4], of_part[1][kPart][4];
+#pragma unroll
+      for (int n = 0; n < kPart; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          part[0][n][e] = s[0][n0 + n][e];
+          of_part[0][n][e] = dp[0][n0 + n][e];
+        }
+      apply_factors(p, part, of_part, true, kept,
+                    [&](int m, int n, int e) { return delta(m, n0 + n, e); });
+#pragma unroll
+      for (int n = 0; n < kPart; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          s[0][n0 + n][e] = part[0][n][e];
+          dp[0][n0 + n][e] = of_part[0][n][e];
+        }
+    }
+  } else {
+    apply_factors(p, s, dp, true, kept, delta);
+  }
+}
+
+// What there is for a tile of scores; a row of kBc columns has so many bytes of bits or numbers.
+constexpr int kBytesAdded = kAdds * (kBits ? kBr * kBc / 8 : kBr * (kBc + 8) * 2);
+
 // P of a pair: in gradient.cuh's usual arithmetic, for the fast kernels.
-DEVICE float probable(float s, float log2_unit, float lse) {
+DEVICE float probable(const Params& p, float s, float log2_unit, float lse) {
+  if (in_natural_units(p)) return exp_of(s - lse);
   return exp2_of(fma_of(s, log2_unit, -lse * (float)kLog2e));
 }
 

@@ -13,8 +13,8 @@ constexpr int kStages = 2;
 constexpr int kBuffers =
     kBytesK + kBytesV + kStages * (kBytesQ + kBytesO) + 2 * kBytesP + 2 * kStages * kBytesRows;
 constexpr int kBytesResults = kBytesK + kBytesV;
-constexpr int kStagesAdded = 2;
-constexpr int kBytesBrought = kAdds * kGroups * kStagesAdded * kBytesAdded, kBytesRest = 256 + kBytesBrought;
+constexpr int kStagesAdded = kBits || kD <= 64 ? 2 : 1;
+constexpr int kBytesBrought = kStagesAdded * kBytesAdded, kBytesRest = 256 + kBytesBrought;
 constexpr bool kApart = kBuffers + kBytesResults + kBytesRest <= 227 * 1024;  // have their own room,
 constexpr int kAtResults = kApart ? kBuffers : 0;                             // else that of K, V
 // Whether the last products of a step run on beside the first of the next: where there are
@@ -33,7 +33,8 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
   char* const rest = shared + kBuffers + kApart * kBytesResults;
   const Queue<kReaders + kAdders> queue(rest);
   const Loader<kStages, !kApart> loader(sK, sQ, sLse, rest + queue.kBytes);
-  const Brought<kGroups, kStagesAdded, kBytesAdded> brought(
+  constexpr int kBytesGroup = kShare ? kBytesAdded / kGroups : added_before(64);
+  const Brought<kGroups, kStagesAdded, kBytesAdded, kBytesGroup> brought(
       rest + 256, shared_address(rest) + queue.kBytes + loader.kBytes);
   if (threadIdx.x == 0) {
     queue.init();
@@ -79,13 +80,13 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
       barrier_arrive(loader.o_free + 8 * stage);
     }
   };
-  int tiles = 0, done = 0, taken_bits = 0;  // and steps
+  int tiles = 0, done = 0, taken = 0;  // and steps, and what is brought
   for (int turn = 0;; turn++) {
     const auto [index, some] = queue.take(turn);
     if (index < 0) return;
     const Work work = work_of(p, index);
     const int steps = kAdds ? some : steps_of(p, work), end = done + max_of(steps, 0);
-    const int j = work.key0 + part.key + warp % 4 * 16 + (lane >> 2);
+    const int j0 = work.key0 + part.key + warp % 4 * 16, j = j0 + (lane >> 2);
     Results results;
     results.clear();
     const bool has_kv = steps > 0 || !kApart;
@@ -99,13 +100,17 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
 #pragma unroll 1
       for (bool first = true, more = true; more; done++, first = false) {
         const int stage = done % kStages, full = done / kStages & 1;
-        float s[1][kN][4], dp[kN][4];
+        float s[1][kN][4], dp[1][kN][4];
         u32 of_p[kN / 2][4], of_ds[kN / 2][4];
         barrier_wait(loader.q_full + 8 * stage, full);
         if (kAdds) step = loader.steps[stage];
         start_product<kD, kBc, kBr>(s[0], of_k, of_q + (stage * kBytesQ >> 4));
         barrier_wait(loader.o_full + 8 * stage, full);
-        start_product<kDv, kBc, kBr>(dp, of_v, of_o + (stage * kBytesO >> 4));
+        start_product<kDv, kBc, kBr>(dp[0], of_v, of_o + (stage * kBytesO >> 4));
+        const RowOf row_of = {step.n * kBr + part.row, step.h};
+        Kept<1, kN> kept;
+        if constexpr (has(kDropout))  // while registers are free
+          kept = draw<true, 1, kN>(p, work.b, j0, PlaceOf(), row_of);
         products_wait<1>();
         settle(s[0]);
         if (kRunsOn) {
@@ -113,24 +118,34 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
           settle(results.dv);
           if (!first) release(done - 1);
         }
-        const bool adds = asks_added(step.needs), cut = work.cut(step.n);
-        if (adds || cut) {
-          const char* const bits = adds ? brought.wait(group, taken_bits) : nullptr;
-          exclude(p, work.b, s, j, step.n * kBr + part.row, bits, warp % 4 * 16 + (lane >> 2), cut);
-          if (adds) brought.release(group, taken_bits++);
-        }
+        auto make_p = [&] {
+          const bool adds = asks_added(step.needs), cut = work.cut(step.n);
+          char* const added = adds ? brought.wait(group, taken) : nullptr;
+          apply_added(p, work.b, s, row_of, step.needs, j0, added + added_before(warp % 4 * 16),
+                      kUsual);
+          if (cut || (kBits && adds))
+            exclude(p, work.b, s, j, step.n * kBr + part.row, added, warp % 4 * 16 + (lane >> 2),
+                    cut);
+          if (adds) brought.release(group, taken++);
+          to_probabilities(p, s[0], lse_rows + stage * kBr, log2_unit);
+          to_factor_of_kept(of_p, s[0], kept);
+          if constexpr (kShare) {
+            named_sync(1, 128 * kGroups);  // the last step's products are done
+            store_shared(sP, of_p, part);
+          }
+        };
+        if (!has(kSoftcap)) make_p();
+        products_wait<0>();
+        settle(dp[0]);
+        if constexpr (kFactors)
+          apply_factors_by_parts(p, s, dp, kept, [&](int, int n, int e) {
+            return pair_of(delta_rows + stage * kBr, n).x[e & 1];
+          });
+        if (has(kSoftcap)) make_p();
         more = kAdds ? !step.last : done + 1 < end;
         if (!kAdds) step.next(work);
-        to_probabilities(s[0], lse_rows + stage * kBr, log2_unit);
-        to_factor(of_p, s[0]);
-        if constexpr (kShare) {
-          named_sync(1, 128 * kGroups);  // the last step's products are done
-          store_shared(sP, of_p, part);
-        }
-        products_wait<0>();
-        settle(dp);
-        to_gradients(dp, s[0], delta_rows + stage * kBr);
-        to_factor(of_ds, dp);
+        to_gradients(dp[0], s[0], delta_rows + stage * kBr);
+        to_factor(of_ds, dp[0]);
         const u64 rows_o = turned_o + (stage * kBytesO >> 4),
                   rows_q = turned_q + (stage * kBytesQ >> 4);
         if constexpr (kShare) {

@@ -103,15 +103,35 @@ struct Part {
         panel(kShare ? group * kOut / kPanel : 0) {}
 };
 
-// A warp brings what there is for kKeys keys from j0 on and a part's rows from i0 on.
+// A warp brings what there is for kKeys keys from j0 on and a part's rows from i0 on: bits of keys, or
+// numbers, a row of them being that of a query. In a tile, those for the keys from `key` on lie
+// added_before(key) bytes from its start.
+constexpr int added_before(int key) { return key * (kBits ? kRowsOf / 8 : 2); }
 template <int kKeys>
 DEVICE void bring_added(const Params& p, char* to, int b, int h, int i0, int j0) {
-  if constexpr (has(kSegments))
+  if constexpr (has(kSegments)) {
     bring_segments<true, kKeys, kRowsOf>(p, to, b, i0, j0);
-  else
+  } else if constexpr (has(kBools)) {
     bring_truths_of_keys<kKeys, kRowsOf>(p, to, b, h, i0, j0);
+  } else {
+    const Array& array = p.attn_mask.data ? p.attn_mask : p.bias;
+    const char* const from = array.at(b, h) + i0 * array.row + j0 * array.column;
+    bring_numbers<Elem, kRowsOf, kKeys>(to, numbers_pitch(p), array, from, (int)p.Lq - i0,
+                                        (int)p.Lk - j0);
+  }
 }
-constexpr int kBytesAdded = 64 * kRowsOf / 8;  // of a warpgroup
+
+// A thread's elements among the 16 keys of its warp, and their queries, i0 being the first.
+struct PlaceOf {
+  DEVICE Place operator()(int, int n, int e) const {
+    const int lane = threadIdx.x & 31;
+    return {n * 8 + 2 * (lane & 3) + (e & 1), (e >> 1) * 8 + (lane >> 2)};
+  }
+};
+struct RowOf {
+  int i0, h;
+  DEVICE Row operator()(int r) const { return {i0 + r, h}; }
+};
 
 // -inf where a bound or `bits`, if there are any, exclude a pair: thread key j, which is row r of
 // the bits, and the rows from i on.
@@ -127,6 +147,16 @@ DEVICE void exclude(const Params& p, int b, float (&s)[1][kN][4], int j, int i,
   });
 }
 
+// What changes scores of a step but by factors and bounds; `added` is what there is for the keys of
+// the warp, from j0 on.
+DEVICE void apply_added(const Params& p, int b, float (&s)[1][kN][4], RowOf row_of, int needs, int j0,
+                        char* added, int mode) {
+  // A branch, or distances would be made before scores are there, and kept in registers.
+  if (has(kAlibi) && !p.alibi_slopes) return;
+  if constexpr (has(kAlibi) || has(kNumbers))
+    apply_options<true>(p, entry_of(p, hidden(b)), s, needs, mode, added, j0, PlaceOf(), row_of);
+}
+
 // Numbers of the two rows that a thread's columns 2 n and 2 n + 1 stand for; `rows` are its part's.
 struct alignas(8) Pair { float x[2]; };
 DEVICE Pair pair_of(const float* rows, int n) {
@@ -134,12 +164,13 @@ DEVICE Pair pair_of(const float* rows, int n) {
 }
 
 // S^T to P^T, and dP^T to dS^T, by these numbers of a step's rows.
-DEVICE void to_probabilities(float (&s)[kN][4], const float* lse_rows, float log2_unit) {
+DEVICE void to_probabilities(const Params& p, float (&s)[kN][4], const float* lse_rows,
+                             float log2_unit) {
 #pragma unroll
   for (int n = 0; n < kN; n++) {
     const Pair lse = pair_of(lse_rows, n);
 #pragma unroll
-    for (int e = 0; e < 4; e++) s[n][e] = probable(s[n][e], log2_unit, lse.x[e & 1]);
+    for (int e = 0; e < 4; e++) s[n][e] = probable(p, s[n][e], log2_unit, lse.x[e & 1]);
   }
 }
 DEVICE void to_gradients(float (&dp)[kN][4], const float (&probabilities)[kN][4],
@@ -148,8 +179,20 @@ DEVICE void to_gradients(float (&dp)[kN][4], const float (&probabilities)[kN][4]
   for (int n = 0; n < kN; n++) {
     const Pair delta = pair_of(delta_rows, n);
 #pragma unroll
-    for (int e = 0; e < 4; e++) dp[n][e] = probabilities[n][e] * (dp[n][e] - delta.x[e & 1]);
+    for (int e = 0; e < 4; e++)
+      dp[n][e] = probabilities[n][e] * (kFactors ? dp[n][e] : dp[n][e] - delta.x[e & 1]);
   }
+}
+// What dropout leaves of P^T, as a factor; NaN stays.
+DEVICE void to_factor_of_kept(u32 (&factor)[kN / 2][4], const float (&s)[kN][4],
+                              const Kept<1, kN>& kept) {
+  float left[kN][4];
+#pragma unroll
+  for (int n = 0; n < kN; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      left[n][e] = !has(kDropout) || kept(0, n, e) ? s[n][e] : s[n][e] * 0;
+  to_factor(factor, left);
 }
 
 // A thread's results in the making.
@@ -189,7 +232,8 @@ struct Results {
                           (int)p.D, r0, chunk0, mode);
     }
     if (p.dv.data) {
-      round_to_tile<kBc>(shared_address(tile_v), dv, 1, r0, chunk0);
+      round_to_tile<kBc>(shared_address(tile_v), dv,
+                         has(kDropout) && mode != kTaint ? (float)p.keep_scale : 1, r0, chunk0);
       __syncwarp();
       write_tile<kBc, kO>(tile_v, p.dv, p.dv.at(work.b, work.kv_head) + key * p.dv.row, rows,
                           (int)p.Dv, r0, chunk0, mode);

@@ -11,7 +11,7 @@ constexpr int kStagesK = 2, kStagesV = 2 - (kD > 128);
 constexpr int kBuffers = kBytesQ + kBytesO + kStagesK * kBytesK + kStagesV * kBytesV;
 constexpr int kBytesResults = kBytesQ;
 constexpr int kStagesAdded = kD <= 64 ? 2 : 1;
-constexpr int kBytesBrought = kAdds * kGroups * kStagesAdded * kBytesAdded, kBytesRest = 256 + kBytesBrought;
+constexpr int kBytesBrought = kStagesAdded * kBytesAdded, kBytesRest = 256 + kBytesBrought;
 constexpr bool kApart = kBuffers + kBytesResults + kBytesRest <= 227 * 1024;  // dQ has its own room,
 constexpr int kAtResults = kApart ? kBuffers : 0;                             // else that of Q
 // Whether the last product of a block runs on beside the first of the next: where there are
@@ -33,7 +33,8 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
   const u32 k_full = o_free + 8, k_free = k_full + 8 * kStagesK;
   const u32 v_full = k_free + 8 * kStagesK, v_free = v_full + 8 * kStagesV;
   const u32 step_full = v_free + 8 * kStagesV;
-  const Brought<kGroups, kStagesAdded, kBytesAdded> brought(rest + 256, step_full + 8 * kStagesK);
+  const Brought<kGroups, kStagesAdded, kBytesAdded, kBytesAdded / kGroups> brought(
+      rest + 256, step_full + 8 * kStagesK);
   if (threadIdx.x == 0) {
     queue.init();
     barrier_init(q_full, 1);
@@ -141,12 +142,14 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
   const u64 of_q = along_rows(sQ + group * 64 * 128), of_o = along_rows(sO + group * 64 * 128);
   const u64 of_k = along_rows(sK), of_v = along_rows(sV), turned_k = along_columns<kBc>(sK);
   const float log2_unit = (float)(p.scale * kLog2e);
-  int tiles = 0, others = 0, blocks = 0, taken_bits = 0;  // Q, dO, K and V done so far
+  int tiles = 0, others = 0, blocks = 0, taken = 0;  // Q, dO, K and V, what is brought, so far
+  const int pitch = numbers_pitch(p);
   for (int turn = 0;; turn++) {
     const auto [index, some] = queue.take(turn);
     if (index < 0) return;
     const Work work = work_of(p, index);
     const int i = work.row0 + warp * 16 + (lane >> 2);
+    const RowOf row_of = {work.row0 + warp * 16, work.h};
     float dq[kO][4];
     Rows rows;
     clear(dq);
@@ -158,41 +161,51 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
 #pragma unroll 1
       for (int n = work.from, first = blocks; n < work.to; blocks++) {
         const int at_k = blocks % kStagesK, at_v = blocks % kStagesV;
-        float s[1][kN][4], dp[kN][4];
+        float s[1][kN][4], dp[1][kN][4];
         u32 factor[kN / 2][4];
         barrier_wait(k_full + 8 * at_k, blocks / kStagesK & 1);
         const Step step = kAdds ? steps[at_k] : Step{n, 0, false};
         if (kAdds) __syncwarp();  // before a lane gives the buffer back
         start_product<kD, kBr, kBc>(s[0], of_q, of_k + (at_k * kBytesK >> 4));
         barrier_wait(v_full + 8 * at_v, blocks / kStagesV & 1);
-        start_product<kDv, kBr, kBc>(dp, of_o, of_v + (at_v * kBytesV >> 4));
+        start_product<kDv, kBr, kBc>(dp[0], of_o, of_v + (at_v * kBytesV >> 4));
+        Kept<1, kN> kept;
+        if constexpr (has(kDropout))  // while registers are free
+          kept = draw<false, 1, kN>(p, work.b, step.n * kBc, PlaceOf(), row_of);
         products_wait<1>();
         settle(s[0]);
         if (kRunsOn) {
           settle(dq);
           if (blocks > first && lane == 0) barrier_arrive(k_free + 8 * ((blocks - 1) % kStagesK));
         }
-        const bool adds = asks_added(step.needs), cut = work.cut(step.n);
-        if (adds || cut) {
-          const char* const bits = adds ? brought.wait(group, taken_bits) : nullptr;
-          exclude(p, work.b, s, i, step.n * kBc, bits, (warp & 3) * 16 + (lane >> 2), cut);
-          if (adds) brought.release(group, taken_bits++);
-        }
-        n = step.last ? work.to : step.n + 1;
+        auto to_probabilities = [&] {
+          const bool adds = asks_added(step.needs), cut = work.cut(step.n);
+          char* const added = adds ? brought.wait(group, taken) : nullptr;
+          char* const of_warp = added + (warp & 3) * 16 * pitch;
+          apply_added(p, work.b, s, row_of, step, of_warp, kUsual);
+          if (cut || (kBits && adds))
+            exclude(p, work.b, s, i, step.n * kBc, added, (warp & 3) * 16 + (lane >> 2), cut);
+          if (adds) brought.release(group, taken++);
 #pragma unroll
-        for (int x = 0; x < kN; x++)
+          for (int x = 0; x < kN; x++)
 #pragma unroll
-          for (int e = 0; e < 4; e++)
-            s[0][x][e] = probable(s[0][x][e], log2_unit, rows.lse[e >> 1]);
+            for (int e = 0; e < 4; e++)
+              s[0][x][e] = probable(p, s[0][x][e], log2_unit, rows.lse[e >> 1]);
+        };
+        if (!has(kSoftcap)) to_probabilities();
         products_wait<0>();
-        settle(dp);
+        settle(dp[0]);
         if (lane == 0) barrier_arrive(v_free + 8 * at_v);
+        if constexpr (kFactors)
+          apply_factors_by_parts(p, s, dp, kept, [&](int, int, int e) { return rows.delta[e >> 1]; });
+        if (has(kSoftcap)) to_probabilities();
 #pragma unroll
         for (int x = 0; x < kN; x++)
 #pragma unroll
           for (int e = 0; e < 4; e++)
-            dp[x][e] = s[0][x][e] * (dp[x][e] - rows.delta[e >> 1]);
-        to_factor(factor, dp);
+            dp[0][x][e] = s[0][x][e] * (kFactors ? dp[0][x][e] : dp[0][x][e] - rows.delta[e >> 1]);
+        n = step.last ? work.to : step.n + 1;
+        to_factor(factor, dp[0]);
         add_product(dq, factor, turned_k + (at_k * kBytesK >> 4));
         if (!kRunsOn) {
           products_wait<0>();

@@ -47,12 +47,29 @@ DEVICE Step seek(const Params& p, const Work& work, int n) {
 // A warp brings what there is for kRows rows from i0 on and a block of keys.
 template <int kRows>
 DEVICE void bring_added(const Params& p, char* to, const Work& work, int i0, int n) {
-  if constexpr (has(kSegments))
-    bring_segments<false, kRows, kBc>(p, to, work.b, i0, n * kBc);
-  else
-    bring_truths_of_queries<kRows, kBc>(p, to, work.b, work.h, i0, n * kBc);
+  const int j0 = n * kBc;
+  if constexpr (has(kSegments)) {
+    bring_segments<false, kRows, kBc>(p, to, work.b, i0, j0);
+  } else if constexpr (has(kBools)) {
+    bring_truths_of_queries<kRows, kBc>(p, to, work.b, work.h, i0, j0);
+  } else {
+    const Array& array = p.attn_mask.data ? p.attn_mask : p.bias;
+    const char* const from = array.at(work.b, work.h) + i0 * array.row + j0 * array.column;
+    bring_numbers<Elem, kRows>(to, numbers_pitch(p), array, from, (int)p.Lq - i0, (int)p.Lk - j0);
+  }
 }
-constexpr int kBytesAdded = 64 * kBc / 8;  // of a warpgroup
+
+// A thread's elements in the 16 rows of its warp, and their queries, i0 being the first.
+struct PlaceOf {
+  DEVICE Place operator()(int, int n, int e) const {
+    const int lane = threadIdx.x & 31;
+    return {(e >> 1) * 8 + (lane >> 2), n * 8 + 2 * (lane & 3) + (e & 1)};
+  }
+};
+struct RowOf {
+  int i0, h;
+  DEVICE Row operator()(int r) const { return {i0 + r, h}; }
+};
 
 // -inf where a bound or `bits`, if there are any, exclude a pair: thread row i, which is row r of
 // the bits, and the keys from j on.
@@ -66,6 +83,17 @@ DEVICE void exclude(const Params& p, int b, float (&s)[1][kN][4], int i, int j,
     if (cut) seen &= bits_within<kN>(keys_of_row(entry, hidden(i) + 8 * half, j));
     return seen;
   });
+}
+
+// What changes scores of a block but by factors and bounds; `added` is what there is for the rows of
+// the warp.
+DEVICE void apply_added(const Params& p, int b, float (&s)[1][kN][4], RowOf row_of, const Step& step,
+                        char* added, int mode) {
+  // A branch, or distances would be made before scores are there, and kept in registers.
+  if (has(kAlibi) && !p.alibi_slopes) return;
+  if constexpr (has(kAlibi) || has(kNumbers))
+    apply_options<false>(p, entry_of(p, hidden(b)), s, step.needs, mode, added, step.n * kBc,
+                         PlaceOf(), row_of);
 }
 
 // A thread's two rows.

@@ -90,7 +90,7 @@ hopper_backward_qkv(const __grid_constant__ Params p, const __grid_constant__ Te
         products_wait<1>();
         settle(s[0]);
         if (work.cut(step.n)) exclude(p, work.b, s, j, step.n * kBr);
-        to_probabilities(s[0], lse_rows + stage * kBr, log2_unit);
+        to_probabilities(p, s[0], lse_rows + stage * kBr, log2_unit);
         to_factor(of_p, s[0]);
         products_wait<0>();
         settle(dp);

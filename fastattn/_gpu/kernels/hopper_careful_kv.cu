@@ -18,13 +18,14 @@ hopper_careful_kv(const __grid_constant__ Params p) {
   char* const sS = sP + kBytesP;
   float* const lse_rows = (float*)(sS + kBytesP);
   float* const delta_rows = lse_rows + kBr;
-  char* const added = (char*)(delta_rows + kBr) + (threadIdx.x >> 5) * kBytesAdded / 4;  // of the warp
+  char* const added = (char*)(delta_rows + kBr);
   const i64 total = p.tiles * p.Hkv * p.batch;
   constexpr int kFlags = 4 * kGroups;
   if (p.flags && !any_flagged<kFlags>(p, total)) return;
 
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const Part part(warp >> 2);
+  char* const of_warp = added + (kShare ? warp * (kBytesAdded / kReaders) : added_before(warp * 16));
   const u64 of_k = along_rows(shared_address(sK) + part.key * 128);
   const u64 of_v = along_rows(shared_address(sV) + part.key * 128);
   const u64 of_q = along_rows(shared_address(sQ) + part.row * 128);
@@ -36,7 +37,7 @@ hopper_careful_kv(const __grid_constant__ Params p) {
     if (p.flags && !flagged<kFlags>(p, index)) continue;
     const Work work = work_of(p, index);
     const int b = work.b, kv_head = work.kv_head;
-    const int j = work.key0 + part.key + warp % 4 * 16 + (lane >> 2);
+    const int j0 = work.key0 + part.key + warp % 4 * 16, j = j0 + (lane >> 2);
     const int keys = entry_of(p, b).kv_len - work.key0, q_len = entry_of(p, b).q_len;
 
 #pragma unroll 1
@@ -63,8 +64,8 @@ hopper_careful_kv(const __grid_constant__ Params p) {
           delta_rows[r] = ((const float*)p.row_delta)[row_start(p, b, h) + row0 + r];
         }
         const bool adds = asks_added(step.needs);
-        if (adds)
-          bring_added<16>(p, added, b, h, row0 + part.row, work.key0 + part.key + warp % 4 * 16);
+        const RowOf row_of = {row0 + part.row, h};
+        if (adds) bring_added<16>(p, of_warp, b, h, row0 + part.row, j0);
         writes_to_async();
         __syncthreads();
         start_product<kD, kBc, kBr>(s[0], of_k, of_q);
@@ -72,11 +73,14 @@ hopper_careful_kv(const __grid_constant__ Params p) {
         products_wait<0>();
         settle(s[0]);
         settle(dp[0]);
+        Kept<1, kN> kept;
+        if constexpr (has(kDropout)) kept = draw<true, 1, kN>(p, b, j0, PlaceOf(), row_of);
         if constexpr (kGeneral)
-          apply_factors(p, s, dp, true, Kept<1, kN>(), [&](int, int n, int e) {
+          apply_factors(p, s, dp, true, kept, [&](int, int n, int e) {
             return pair_of(delta_rows + part.row, n).x[e & 1];
           });
-        exclude(p, b, s, j, row0 + part.row, adds ? added : nullptr, lane >> 2);
+        apply_added(p, b, s, row_of, step.needs, j0, of_warp, mode);
+        exclude(p, b, s, j, row0 + part.row, adds ? of_warp : nullptr, lane >> 2);
 #pragma unroll
         for (int n = 0; n < kN; n++) {
           const Pair lse = pair_of(lse_rows + part.row, n),
@@ -89,7 +93,8 @@ hopper_careful_kv(const __grid_constant__ Params p) {
             dp[0][n][e] = of.ds;
           }
         }
-        to_factor(of_p, s[0]);
+        if (mode == kTaint) to_factor(of_p, s[0]);
+        else to_factor_of_kept(of_p, s[0], kept);
         to_factor(of_ds, dp[0]);
         __syncthreads();
         if (mode != kUsual) {

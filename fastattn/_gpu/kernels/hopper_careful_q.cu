@@ -14,7 +14,7 @@ hopper_careful_q(const __grid_constant__ Params p) {
   char* const sO = sQ + kBytesQ;
   char* const sK = sO + kBytesO;
   char* const sV = sK + kBytesK;
-  char* const added = sV + kBytesV + (threadIdx.x >> 5) * kBytesAdded / 4;  // of the warp
+  char* const added = sV + kBytesV + (threadIdx.x >> 5) * (kBytesAdded / kReaders);  // of the warp
   const i64 total = p.tiles * p.Hq * p.batch;
   constexpr int kFlags = 4 * kGroups;
   if (p.flags && !any_flagged<kFlags>(p, total)) return;
@@ -62,9 +62,12 @@ hopper_careful_q(const __grid_constant__ Params p) {
         products_wait<0>();
         settle(s[0]);
         settle(dp[0]);
+        const RowOf row_of = {work.row0 + warp * 16, h};
+        Kept<1, kN> kept;
+        if constexpr (has(kDropout)) kept = draw<false, 1, kN>(p, b, j, PlaceOf(), row_of);
         if constexpr (kGeneral)
-          apply_factors(p, s, dp, true, Kept<1, kN>(),
-                        [&](int, int, int e) { return rows.delta[e >> 1]; });
+          apply_factors(p, s, dp, true, kept, [&](int, int, int e) { return rows.delta[e >> 1]; });
+        apply_added(p, b, s, row_of, step, added, mode);
         exclude(p, b, s, i, j, adds ? added : nullptr, lane >> 2);
 #pragma unroll
         for (int y = 0; y < kN; y++)

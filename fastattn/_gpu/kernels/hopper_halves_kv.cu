@@ -12,7 +12,6 @@ constexpr int kStages = 2;
 constexpr int kBuffers = kBytesK + kBytesV + kStages * (kBytesQ + kBytesO);
 constexpr int kBytesWeights = 4 * 3 * (kBc + kStages * kBr);
 constexpr int kBytesNumbers = 2 * kStages * kBytesRows;
-constexpr int kComputers = 240, kLoaders = 24;  // registers
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 hopper_halves_kv(const __grid_constant__ Params p, const __grid_constant__ TensorMap map_q,

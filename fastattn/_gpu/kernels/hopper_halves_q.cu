@@ -10,7 +10,6 @@
 constexpr int kStages = 2;
 constexpr int kBuffers = kBytesQ + kBytesO + kStages * (kBytesK + kBytesV);
 constexpr int kBytesWeights = 4 * 3 * (kBr + kStages * kBc);
-constexpr int kComputers = 240, kLoaders = 24;  // registers
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 hopper_halves_q(const __grid_constant__ Params p, const __grid_constant__ TensorMap map_q,
