@@ -8,6 +8,21 @@ DEVICE bool asks_added(int needs) {
   return asks_bools(needs) || asks_numbers(needs) || asks_ids(needs);
 }
 
+// A thread's elements in its warp's 16 rows of a product, which are queries or keys; and which queries
+// these are, i0 being the first.
+template <bool kKeysAreRows>
+struct PlaceOf {
+  DEVICE Place operator()(int, int n, int e) const {
+    const int lane = threadIdx.x & 31;
+    const int row = (e >> 1) * 8 + (lane >> 2), column = n * 8 + 2 * (lane & 3) + (e & 1);
+    return kKeysAreRows ? Place{column, row} : Place{row, column};
+  }
+};
+struct RowOf {
+  int i0, h;
+  DEVICE Row operator()(int r) const { return {i0 + r, h}; }
+};
+
 // Bits of rows of kColumns columns. Those of columns 4 x + k, for x = 0, 1, .., lie side by side,
 // first all of k = 0: so a thread has its own by a shift.
 template <int kColumns>

@@ -110,7 +110,7 @@ hopper_backward_kv(const __grid_constant__ Params p, const __grid_constant__ Ten
         const RowOf row_of = {step.n * kBr + part.row, step.h};
         Kept<1, kN> kept;
         if constexpr (has(kDropout))  // while registers are free
-          kept = draw<true, 1, kN>(p, work.b, j0, PlaceOf(), row_of);
+          kept = draw<true, 1, kN>(p, work.b, j0, PlaceOf<true>(), row_of);
         products_wait<1>();
         settle(s[0]);
         if (kRunsOn) {

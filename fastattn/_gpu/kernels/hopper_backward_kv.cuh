@@ -121,18 +121,6 @@ DEVICE void bring_added(const Params& p, char* to, int b, int h, int i0, int j0)
   }
 }
 
-// A thread's elements among the 16 keys of its warp, and their queries, i0 being the first.
-struct PlaceOf {
-  DEVICE Place operator()(int, int n, int e) const {
-    const int lane = threadIdx.x & 31;
-    return {n * 8 + 2 * (lane & 3) + (e & 1), (e >> 1) * 8 + (lane >> 2)};
-  }
-};
-struct RowOf {
-  int i0, h;
-  DEVICE Row operator()(int r) const { return {i0 + r, h}; }
-};
-
 // -inf where a bound or `bits`, if there are any, exclude a pair: thread key j, which is row r of
 // the bits, and the rows from i on.
 DEVICE void exclude(const Params& p, int b, float (&s)[1][kN][4], int j, int i,
@@ -154,7 +142,7 @@ DEVICE void apply_added(const Params& p, int b, float (&s)[1][kN][4], RowOf row_
   // A branch, or distances would be made before scores are there, and kept in registers.
   if (has(kAlibi) && !p.alibi_slopes) return;
   if constexpr (has(kAlibi) || has(kNumbers))
-    apply_options<true>(p, entry_of(p, hidden(b)), s, needs, mode, added, j0, PlaceOf(), row_of);
+    apply_options<true>(p, entry_of(p, hidden(b)), s, needs, mode, added, j0, PlaceOf<true>(), row_of);
 }
 
 // Numbers of the two rows that a thread's columns 2 n and 2 n + 1 stand for; `rows` are its part's.

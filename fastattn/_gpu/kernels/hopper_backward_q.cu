@@ -171,7 +171,7 @@ hopper_backward_q(const __grid_constant__ Params p, const __grid_constant__ Tens
         start_product<kDv, kBr, kBc>(dp[0], of_o, of_v + (at_v * kBytesV >> 4));
         Kept<1, kN> kept;
         if constexpr (has(kDropout))  // while registers are free
-          kept = draw<false, 1, kN>(p, work.b, step.n * kBc, PlaceOf(), row_of);
+          kept = draw<false, 1, kN>(p, work.b, step.n * kBc, PlaceOf<false>(), row_of);
         products_wait<1>();
         settle(s[0]);
         if (kRunsOn) {

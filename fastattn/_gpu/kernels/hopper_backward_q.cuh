@@ -59,18 +59,6 @@ DEVICE void bring_added(const Params& p, char* to, const Work& work, int i0, int
   }
 }
 
-// A thread's elements in the 16 rows of its warp, and their queries, i0 being the first.
-struct PlaceOf {
-  DEVICE Place operator()(int, int n, int e) const {
-    const int lane = threadIdx.x & 31;
-    return {(e >> 1) * 8 + (lane >> 2), n * 8 + 2 * (lane & 3) + (e & 1)};
-  }
-};
-struct RowOf {
-  int i0, h;
-  DEVICE Row operator()(int r) const { return {i0 + r, h}; }
-};
-
 // -inf where a bound or `bits`, if there are any, exclude a pair: thread row i, which is row r of
 // the bits, and the keys from j on.
 DEVICE void exclude(const Params& p, int b, float (&s)[1][kN][4], int i, int j,
@@ -93,7 +81,7 @@ DEVICE void apply_added(const Params& p, int b, float (&s)[1][kN][4], RowOf row_
   if (has(kAlibi) && !p.alibi_slopes) return;
   if constexpr (has(kAlibi) || has(kNumbers))
     apply_options<false>(p, entry_of(p, hidden(b)), s, step.needs, mode, added, step.n * kBc,
-                         PlaceOf(), row_of);
+                         PlaceOf<false>(), row_of);
 }
 
 // A thread's two rows.

@@ -104,7 +104,7 @@ hopper_careful(const __grid_constant__ Params p) {
           if (cut || (kBits && adds)) scores.exclude(p, b, i, j, adds ? added : nullptr, cut);
           rows.add(p, scores, scale, log2_unit, mode);
           if constexpr (has(kDropout))
-            if (mode != kTaint) scores.drop(draw<false, 1, kN>(p, b, j, PlaceOf(), row_of));
+            if (mode != kTaint) scores.drop(draw<false, 1, kN>(p, b, j, PlaceOf<false>(), row_of));
           results.factor_of(factor, scores, weights_v);
           results.rescale(scale);
           results.add(factor, of_v);

@@ -74,7 +74,7 @@ hopper_careful_kv(const __grid_constant__ Params p) {
         settle(s[0]);
         settle(dp[0]);
         Kept<1, kN> kept;
-        if constexpr (has(kDropout)) kept = draw<true, 1, kN>(p, b, j0, PlaceOf(), row_of);
+        if constexpr (has(kDropout)) kept = draw<true, 1, kN>(p, b, j0, PlaceOf<true>(), row_of);
         if constexpr (kGeneral)
           apply_factors(p, s, dp, true, kept, [&](int, int n, int e) {
             return pair_of(delta_rows + part.row, n).x[e & 1];

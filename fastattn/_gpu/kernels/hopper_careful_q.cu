@@ -64,7 +64,7 @@ hopper_careful_q(const __grid_constant__ Params p) {
         settle(dp[0]);
         const RowOf row_of = {work.row0 + warp * 16, h};
         Kept<1, kN> kept;
-        if constexpr (has(kDropout)) kept = draw<false, 1, kN>(p, b, j, PlaceOf(), row_of);
+        if constexpr (has(kDropout)) kept = draw<false, 1, kN>(p, b, j, PlaceOf<false>(), row_of);
         if constexpr (kGeneral)
           apply_factors(p, s, dp, true, kept, [&](int, int, int e) { return rows.delta[e >> 1]; });
         apply_added(p, b, s, row_of, step, added, mode);

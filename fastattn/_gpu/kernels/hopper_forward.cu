@@ -305,7 +305,7 @@ hopper_forward(const __grid_constant__ Params p, const __grid_constant__ TensorM
       char* const of_warp = added + group * kBytesAdded + (warp & 3) * 16 * pitch;
       auto draw_kept = [&](int n) {  // while registers are free
         if constexpr (has(kDropout))
-          kept = draw<false, 1, kN>(p, order.b, n * kBc, PlaceOf(), row_of);
+          kept = draw<false, 1, kN>(p, order.b, n * kBc, PlaceOf<false>(), row_of);
       };
       // S is there: what is left of it, and its buffer is free. It becomes P.
       auto finish_s = [&](int stage, const Step& step) {

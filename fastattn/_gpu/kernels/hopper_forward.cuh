@@ -84,18 +84,6 @@ DEVICE void load_added_of(const Params& p, char* to, int b, int h, int i0, int j
   }
 }
 
-// A thread's elements in the 16 rows of its warp, and their queries, i0 being the first.
-struct PlaceOf {
-  DEVICE Place operator()(int, int n, int e) const {
-    const int lane = threadIdx.x & 31;
-    return {(e >> 1) * 8 + (lane >> 2), n * 8 + 2 * (lane & 3) + (e & 1)};
-  }
-};
-struct RowOf {
-  int i0, h;
-  DEVICE Row operator()(int r) const { return {i0 + r, h}; }
-};
-
 // Scores are in these units.
 DEVICE double unit_of(const Params& p) { return in_natural_units(p) ? 1.0 : p.scale; }
 
@@ -143,7 +131,7 @@ struct Scores {
     if constexpr (has(kSoftcap)) cap(p, s, [](int, int, int, Acc) {});
     if constexpr (has(kAlibi) || has(kBools) || has(kNumbers))
       apply_options<false>(p, entry_of(p, hidden(b)), s, step.needs, mode, added, step.n * kBc,
-                           PlaceOf(), row_of);
+                           PlaceOf<false>(), row_of);
   }
   // What dropout leaves of P; NaN stays.
   DEVICE void drop(const Kept<1, kN>& kept) {
