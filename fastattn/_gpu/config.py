@@ -427,7 +427,8 @@ def choose(
         return found or choose(kernel, arch, _GENERIC, dtype, options, D, Dv, rows)
     if kernel in SMALL_KERNELS:
         options = "all" if kernel == "survey" else ""
-        return Config(kernel, family, dtype, options, 32, 32, False, 64, 64, 4, 1)
+        warps = 16 if kernel == "combine" else 4  # as many loads at once as there are splits
+        return Config(kernel, family, dtype, options, 32, 32, False, 64, 64, warps, 1)
     size = DTYPES[Config(kernel, family, dtype, *(0,) * 8).tile_dtype]
     if kernel == "backward_bias" or (options and (size > 2 or rows < ROW_CLASSES[-1])):
         options = "all"
