@@ -104,6 +104,12 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
     ctypedef struct fa_kernels:
         const char *type
         int32_t real_bytes, unit_bytes, pair, lanes, Br, Bc, Br_backward, Bc_backward, MR, NR, raw
+        int32_t scores_step
+        void (*enter)() noexcept nogil
+        void (*leave)() noexcept nogil
+        void (*pack_turned)(void *, int, const fa_rows *) noexcept nogil
+        void (*accumulate_turned)(const fa_product *) noexcept nogil
+        void (*turn_back)(void *, const void *, int, int, int) noexcept nogil
         void (*pack_lanes)(void *, int, const fa_rows *, int) noexcept nogil
         void (*pack_left)(void *, ptrdiff_t, const fa_rows *) noexcept nogil
         void (*pack_right)(void *, ptrdiff_t, const fa_rows *) noexcept nogil

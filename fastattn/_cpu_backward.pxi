@@ -274,7 +274,7 @@ cdef void backward_block(const Job *job, Workspace *ws, int64_t batch_head, int6
                     k_right = ws.k_left
                     ldk_right = ws.ldk
                 else:
-                    load_right(job, ws, &job.k, k_base, k0, k1, job.D, job.D_cols, False,
+                    load_right(job, ws, &job.k, k_base, k0, k1, job.D, job.D_cols, False, False,
                                ws.k_right, &k_right, &ldk_right)
                 which.rows_are_keys = False
                 x.a = units(job, ws.ds if kr.pair == 1 else ws.ds_keys,

@@ -156,14 +156,15 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
     cdef const uint32_t *excluded
     cdef const uint32_t *drop
     cdef double drop_scale = job.drop_scale
-    cdef bint moved, raw
+    cdef bint moved, raw, turned = job.turned and care == USUAL
+    cdef void *o = ws.o_turned if turned else ws.o
     if care == SCALED:
         drop_scale = ldexp(drop_scale, -scaled_bits(job))
     for r in range(ws.panels * job.panel):
         put(kr, ws.row_max, r, -INFINITY)
     memset(ws.row_sum, 0, ws.panels * job.panel * kr.real_bytes)
     memset(ws.row_lost, 0, ws.panels * job.panel * kr.real_bytes)
-    memset(ws.o, 0, <size_t> ws.rows * job.Dv_cols * kr.real_bytes)
+    memset(o, 0, <size_t> (ws.panels * job.panel if turned else ws.rows) * job.Dv_cols * kr.real_bytes)
     softmax.alpha = ws.alpha
     softmax.tile_max = ws.tile_max
 
@@ -181,7 +182,7 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
             load_left(job, ws, &job.k, k_base, k0, k1, job.D, key_ld(job), job.k_in_place, ws.k_tile,
                       &ws.k_left, &ws.ldk)
             load_right(job, ws, &job.v, v_base, k0, k1, job.Dv, job.Dv_cols, raw or job.v_in_place,
-                       ws.v_tile, &ws.v_right, &ws.ldv)
+                       turned, ws.v_tile, &ws.v_right, &ws.ldv)
             finish = adjustment(job, ws, p, low, n, NULL, &how)
             excluded = keep if state == PARTIAL else NULL
             if job.few:
@@ -205,7 +206,7 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
             softmax.row_lost = reals(job, ws.row_lost, p * job.panel)
             moved = kr.softmax(ws.p, ws.s, job.panel, n, 1 if job.adjusted else job.scale, &softmax,
                                drop, drop_scale)
-            x.c = reals(job, ws.o, <ptrdiff_t> p * job.panel * job.Dv_cols)
+            x.c = reals(job, o, <ptrdiff_t> p * job.panel * job.Dv_cols)
             x.ldc = x.cols = job.Dv_cols
             x.a = ws.p
             x.a_row = 1
@@ -226,7 +227,9 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
             x.fetch = ws.fetch
             x.fetches = ws.fetches
             x.fetch_rows = ws.fetch_rows
-            if care == USUAL or kr.right_finite(ws.v_right, ws.ldv, ceil_div(k1 - k0, kr.pair), job.Dv_cols):
+            if turned:
+                kr.accumulate_turned(&x)
+            elif care == USUAL or kr.right_finite(ws.v_right, ws.ldv, ceil_div(k1 - k0, kr.pair), job.Dv_cols):
                 kr.accumulate(&x)
             else:
                 which.keep = keep
@@ -237,6 +240,11 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
                 which.scratch = ws.scratch
                 kr.accumulate_selected(&x, &which)
         k0 = k1
+    if turned:
+        for p in range(ws.panels):
+            kr.turn_back(reals(job, ws.o, <ptrdiff_t> p * job.panel * job.Dv_cols),
+                         reals(job, o, <ptrdiff_t> p * job.panel * job.Dv_cols), job.panel,
+                         min(job.panel, ws.rows - p * job.panel), job.Dv_cols)
 
 # Powers of two to scale P down by, so that a sum over all keys stays below the largest summand.
 cdef inline int scaled_bits(const Job *job) noexcept nogil:

@@ -46,6 +46,7 @@ cdef struct Job:
     int ahead                  # rows of k and v to fetch ahead where few rows of q stream them
     int64_t chunk, chunks      # keys are cut into chunks whose results are merged in order
     bint k_in_place, v_in_place
+    bint turned                # the forward's usual pass keeps its sums turned
     bint k_raw, v_raw          # the products with few rows take them as they lie
     bint wants_next            # short sequences: the next ones are fetched while these are computed
     # backward
@@ -67,6 +68,7 @@ cdef struct Block:
 cdef struct Workspace:
     void *q_lanes
     void *o                    # backward: dq
+    void *o_turned
     void *s
     void *p
     void *k_tile
@@ -166,6 +168,7 @@ cdef size_t lay_out(const Job *job, Workspace *ws, char *base) noexcept nogil:
 
     ws.q_lanes = carve(base, &used, rows * query_ld(job) * unit)
     ws.o = carve(base, &used, rows * real * (job.D_cols if job.is_backward else job.Dv_cols))
+    ws.o_turned = carve(base, &used, rows * job.Dv_cols * real if job.turned else 0)
     ws.s = carve(base, &used, tile * real)
     ws.k_tile = carve(base, &used, 0 if job.k_in_place else Bc * key_ld(job) * unit)
     ws.keep = <uint32_t *> carve(base, &used, panels * Bc * sizeof(uint32_t))
@@ -241,8 +244,10 @@ cdef void run(const Job *job, Workspace *spaces, int team, int64_t items, work_f
     cdef int64_t following = 0, item
     cdef int t
     if team == 1:
+        enter(job)
         for item in range(items):
             work(job, spaces, item, more)
+        leave(job)
     else:
         for t in prange(team, num_threads=team, schedule="static", chunksize=1):
             drain(job, spaces + t, items, work, more, &following)
@@ -250,9 +255,19 @@ cdef void run(const Job *job, Workspace *spaces, int team, int64_t items, work_f
 cdef void drain(const Job *job, Workspace *ws, int64_t items, work_fn work, const void *more,
                 int64_t *following) noexcept nogil:
     cdef int64_t item = fa_next(following)
+    enter(job)
     while item < items:
         work(job, ws, item, more)
         item = fa_next(following)
+    leave(job)
+
+cdef inline void enter(const Job *job) noexcept nogil:
+    if job.kernels.enter != NULL:
+        job.kernels.enter()
+
+cdef inline void leave(const Job *job) noexcept nogil:
+    if job.kernels.leave != NULL:
+        job.kernels.leave()
 
 
 # ---- from a Problem to a Job ----------------------------------------------------------------------------
@@ -317,8 +332,8 @@ cdef void fill_job(Job *job, problem, bint backward) except *:
         raise MemoryError(f"no memory for rows of D = {D} and Dv = {Dv} elements")
     job.D = D
     job.Dv = Dv
-    job.D_units = ceil_div(job.D, kr.pair)
-    job.Dv_units = ceil_div(job.Dv, kr.pair)
+    job.D_units = ceil_div(ceil_div(job.D, kr.pair), kr.scores_step) * kr.scores_step
+    job.Dv_units = ceil_div(ceil_div(job.Dv, kr.pair), kr.scores_step) * kr.scores_step
     job.D_cols = ceil_div(job.D, lanes) * lanes
     job.Dv_cols = ceil_div(job.Dv, lanes) * lanes
     set_array(&job.q, q, job.lead_dims)
@@ -376,12 +391,13 @@ cdef void fill_job(Job *job, problem, bint backward) except *:
     job.wants_next = (not backward and not job.few and job.chunks == 1 and job.Lk <= WANTED_KEYS
                       and job.D + job.Dv <= WANTED_COLUMNS and lies_side_by_side(&job.q)
                       and lies_side_by_side(&job.k) and lies_side_by_side(&job.v))
-    job.k_in_place = lies_whole(job, &job.k, job.D) and job.D_units == query_ld(job)
+    job.k_in_place = lies_whole(job, &job.k, job.D) and job.D == query_ld(job) * kr.pair
     job.k_raw = kr.pair == 1 and takes_raw(job, &job.k) and job.D == query_ld(job)
     job.k_in_place = job.k_in_place or job.k_raw
     # v is a right operand forward (whole vectors), a left one backward.
+    job.turned = not backward and not job.few and kr.pack_turned != NULL
     job.v_in_place = lies_whole(job, &job.v, job.Dv) and (
-        backward or (kr.pair == 1 and job.Dv == job.Dv_cols))
+        job.Dv == job.Dv_units * kr.pair if backward else (kr.pair == 1 and job.Dv == job.Dv_cols))
     job.v_raw = takes_raw(job, &job.v) and job.Dv == job.Dv_cols
 
 
@@ -538,7 +554,8 @@ cdef void load_left(const Job *job, Workspace *ws, const Array *a, char *base, i
         ld_out[0] = ld
 
 cdef void load_right(const Job *job, Workspace *ws, const Array *a, char *base, int64_t k0, int64_t k1,
-                     int cols, int ld, bint in_place, void *tile, const void **right, ptrdiff_t *ld_out) noexcept nogil:
+                     int cols, int ld, bint in_place, bint turned, void *tile, const void **right,
+                     ptrdiff_t *ld_out) noexcept nogil:
     cdef fa_rows rows
     if right[0] != NULL:
         return
@@ -547,7 +564,10 @@ cdef void load_right(const Job *job, Workspace *ws, const Array *a, char *base, 
         ld_out[0] = a.row // job.kernels.unit_bytes
     else:
         rows = key_rows(ws, a, base, k0, <int> (k1 - k0), cols, job.ahead)
-        job.kernels.pack_right(tile, ld, &rows)
+        if turned:
+            job.kernels.pack_turned(tile, ld, &rows)
+        else:
+            job.kernels.pack_right(tile, ld, &rows)
         right[0] = tile
         ld_out[0] = ld
 

@@ -49,7 +49,7 @@ INLINE void store_gradients(gradient_rows to, int lane, int rows, const vr *p, c
 #endif
 }
 
-static int backward_tile(const fa_backward_tile *x, int panel, int keys) {
+INLINE int gradients_tile(const int leave_t, const fa_backward_tile *x, int panel, int keys) {
     const real *s = x->s, *gain = x->gain, *x_lse = x->lse, *x_shift = x->shift;
     const uint32_t *keep = x->keep, *drop = x->drop;
     real *dp = x->dp;
@@ -72,7 +72,7 @@ static int backward_tile(const fa_backward_tile *x, int panel, int keys) {
                 prob = v_select(lost, (vr){}, prob);
                 vr z_dp = dropped(v_load(dp + at), drop, j, lane, drop_scale);
                 vr t = v_select(lost, (vr){}, prob * (z_dp - shift));
-                v_store(dp + at, t);
+                if (leave_t) v_store(dp + at, t);
                 ds[half] = gain ? v_select(lost, (vr){}, t * v_load(gain + at)) : t;
                 p[half] = dropped(prob, drop, j, lane, drop_scale);
             }
@@ -82,13 +82,17 @@ static int backward_tile(const fa_backward_tile *x, int panel, int keys) {
     return v_bits((vi)any_lost) != 0;
 }
 
+static int backward_tile(const fa_backward_tile *x, int panel, int keys) {
+    return gradients_tile(1, x, panel, keys);
+}
+
 #ifdef FA_AMX
 // Scores leave the tiles' registers by memory.
 static int backward_plain(const fa_backward_tile *x, int panel, int keys) {
     real top[FA_MAX_PANEL] __attribute__((aligned(V_BYTES)));
     scores(x->s, panel, x->k, x->ldk, 0, x->q, keys, x->D, NULL, NULL, top);
     fetch_some(x->fetch, x->fetches, keys * x->fetch_rows);
-    return backward_tile(x, panel, keys);
+    return gradients_tile(0, x, panel, keys);  // dp may be wanted again
 }
 #else
 // The last chain of the scores and backward_tile in one, where that is all there is to do: P and dS

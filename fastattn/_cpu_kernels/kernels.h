@@ -136,9 +136,15 @@ typedef struct {
     int32_t real_bytes, unit_bytes, pair, lanes;
     int32_t Br, Bc, Br_backward, Bc_backward;  // query rows and keys of a tile
     int32_t MR, NR;                            // register tile of accumulate
+    int32_t scores_step;                       // the summed axis of scores is a multiple of it, in units
     int32_t raw;  // the dtype whose rows few rows of q take as they lie, without a copy, or FA_NONE
 
-    // [cols / pair][panel] units, transposed; rows past the given ones are zeros.
+    // Each thread calls enter before any of the others (but peak), and leave after them; NULL: nothing
+    // is to be done.
+    void (*enter)(void);
+    void (*leave)(void);
+
+    // [cols / pair][panel] units, transposed, padded to scores_step; rows past the given ones are zeros.
     void (*pack_lanes)(void *dst, int panel, const fa_rows *src, int negate);
     // [rows][ld] units, padded with zeros to ld.
     void (*pack_left)(void *dst, ptrdiff_t ld, const fa_rows *src);
@@ -165,6 +171,11 @@ typedef struct {
     int (*softmax)(void *p, void *s, int panel, int keys, double scale, const fa_softmax_state *st,
                    const uint32_t *drop, double drop_scale);
     void (*accumulate)(const fa_product *x);
+    // Sums that are kept turned, [cols][panel = a_depth], and their rows; NULL: none are. pack_turned
+    // packs the right operand of so many columns for them, from a multiple of FA_RUN rows on.
+    void (*pack_turned)(void *dst, int cols, const fa_rows *src);
+    void (*accumulate_turned)(const fa_product *x);
+    void (*turn_back)(void *dst, const void *src, int panel, int rows, int cols);
     // x becomes the state over the keys of both; row_max is in units of scale.
     void (*merge)(const fa_partial *x, const fa_partial *y, int rows, int cols, double scale);
     // The same bits where all is finite, but an excluded pair's right operand is not read.

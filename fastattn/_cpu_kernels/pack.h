@@ -14,7 +14,8 @@ static int row_finite(const void *x_, int n) {
 }
 
 // Transposes words of a real's size: dst[col][panel] from rows that hold them side by side.
-// `words` copies n words of a row from column `col` on, zeros where the row has no more.
+// `words` copies n words of a row from column `col` on, zeros where the row has no more; the first
+// `in_place` words need no copy.
 typedef void words_fn(real *dst, const fa_rows *src, int row, int col, int n);
 
 INLINE void transpose_rows(real *dst, int panel, const fa_rows *src, int cols, int in_place,
@@ -26,7 +27,7 @@ INLINE void transpose_rows(real *dst, int panel, const fa_rows *src, int cols, i
             for (int r = 0; r < V_LANES; r++) {
                 if (r0 + r >= src->rows || !src->row[r0 + r]) {
                     block[r] = (vr){};
-                } else if (in_place && width == V_LANES) {
+                } else if (c0 + V_LANES <= in_place) {
                     block[r] = v_loadu((const real *)src->row[r0 + r] + c0);
                 } else {
                     real part[V_LANES] __attribute__((aligned(V_BYTES))) = {0};
@@ -60,9 +61,9 @@ static void pair_words(real *dst, const fa_rows *src, int row, int col, int n) {
     }
 }
 static void pack_lanes(void *dst, int panel, const fa_rows *src, int negate) {
-    int in_place = src->stride == 2 && src->cols % 2 == 0;
-    transpose_rows(dst, panel, src, (src->cols + 1) / 2, in_place, pair_words,
-                   negate ? 0x80008000u : 0);
+    int in_place = src->stride == 2 ? src->cols / 2 : 0;
+    int units = ((src->cols + 1) / 2 + SCORES_STEP - 1) / SCORES_STEP * SCORES_STEP;
+    transpose_rows(dst, panel, src, units, in_place, pair_words, negate ? 0x80008000u : 0);
 }
 static void pack_left(void *dst_, ptrdiff_t ld, const fa_rows *src) {
     uint16_t *dst = dst_;
@@ -116,7 +117,7 @@ static void real_words(real *dst, const fa_rows *src, int row, int col, int n) {
 }
 static void pack_lanes(void *dst, int panel, const fa_rows *src, int negate) {
     int native = src->dtype == NATIVE && src->stride == sizeof(real);
-    transpose_rows(dst, panel, src, src->cols, native, real_words,
+    transpose_rows(dst, panel, src, src->cols, native ? src->cols : 0, real_words,
                    negate ? (ureal)1 << (8 * sizeof(real) - 1) : 0);
 }
 static void pack_right(void *dst_, ptrdiff_t ld, const fa_rows *src) {

@@ -42,6 +42,10 @@ static int softmax(void *p_, void *s_, int panel, int keys, double scale, const 
             }
             sum += part;
         }
+#ifdef FA_AMX  // whole runs are multiplied
+        for (int key = (keys + 1) / 2; key < (keys + FA_RUN - 1) / FA_RUN * FA_RUN / 2; key++)
+            _mm512_store_si512((unit *)p_ + (ptrdiff_t)key * panel + lane, _mm512_setzero_si512());
+#endif
         vr before = v_load(row_sum + lane), total = v_fma(before, alpha, sum);
         v_store(row_sum + lane, total);
         v_store(row_lost + lane, v_fma(v_load(row_lost + lane), alpha, sum + v_fma(before, alpha, -total)));

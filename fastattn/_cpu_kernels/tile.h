@@ -112,6 +112,13 @@ INLINE void u_load_raw(const int NR, uv *to, const unit *row, ptrdiff_t ld) {
 #define FA_RAW FA_NONE
 #endif
 
+// What the summed axis of scores, in units, is a multiple of.
+#ifdef FA_AMX
+#define SCORES_STEP 16
+#else
+#define SCORES_STEP 1
+#endif
+
 // In the order of use: each reads what the ones before it declare.
 #include "pack.h"
 #include "adjust.h"
@@ -152,7 +159,15 @@ const fa_kernels FA_SET = {
     .Bc_backward = FA_BC_BACKWARD,
     .MR = ACCUMULATE_MR,
     .NR = FA_ACCUMULATE_NR,
+    .scores_step = SCORES_STEP,
     .raw = FA_RAW,
+#ifdef FA_AMX
+    .enter = enter,
+    .leave = leave,
+    .pack_turned = pack_turned,
+    .accumulate_turned = accumulate_turned,
+    .turn_back = turn_back,
+#endif
     .pack_lanes = pack_lanes,
     .pack_left = pack_left,
     .pack_right = pack_right,
