@@ -223,6 +223,7 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
                 x.row_start = ws.row_start
                 x.row_end = ws.row_end
             x.cold = False
+            x.few = job.few
             x.strip = FA_STRIP if job.few and job.Br > FA_FEW_ROWS else 0
             x.fetch = ws.fetch
             x.fetches = ws.fetches

@@ -11,7 +11,8 @@
 //     O^T[dv][lane] += V^T[dv][key pair] P[key pair][lane]     accumulate_turned
 //
 // V^T is packed in tiles, once for all the rows of a block. In other products P, where queries are
-// its rows, is transposed first.
+// its rows, is transposed first. Few rows of q wait for memory, not for products: theirs are left to
+// vectors, which take v as it lies.
 //
 // Bits: an instruction adds up the first and the second halves of its units apart, and both to C.
 // So what is summed is cut into the same runs of 16 units wherever a product starts: the summed
@@ -71,6 +72,7 @@ typedef struct {
     ptrdiff_t b_row, b_run;
     int rows, depth;                 // rows of A, and with `edges` of C too; units
     int add;
+    ptrdiff_t ahead;                 // of A, to the first level of the cache
 } tiles_product;
 
 // Registers are named in the instructions themselves: a function cannot take them.
@@ -124,6 +126,11 @@ INLINE void multiply_tiles(const int tall, const int wide, const int edges, cons
             _tile_dpbf16ps(2, 5, 6);
             if (wide) _tile_dpbf16ps(3, 5, 7);
         }
+        if (!edges)
+            for (int r = 0; r < RUN_UNITS; r++) {
+                _mm_prefetch(a + x->ahead + r * x->a_row, _MM_HINT_T0);
+                if (tall) _mm_prefetch(a + x->ahead + x->a_next + r * x->a_row, _MM_HINT_T0);
+            }
         a += x->a_run;
         b += x->b_run;
     }
@@ -164,7 +171,8 @@ static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, int in_pl
     const unit *k = k_;
     vr top[2] = {v_set1(-INFINITY), v_set1(-INFINITY)};
     tiles_product x = {.ldc = panel, .b = q, .a_row = ldk, .a_next = RUN_UNITS * ldk, .a_run = RUN_UNITS,
-                       .b_row = panel, .b_run = (ptrdiff_t)RUN_UNITS * panel, .depth = depth};
+                       .b_row = panel, .b_run = (ptrdiff_t)RUN_UNITS * panel, .depth = depth,
+                       .ahead = 2 * RUN_UNITS * ldk};
     for (int row = 0; row < keys; row += 2 * RUN_UNITS) {
         x.c = s + (ptrdiff_t)row * panel;
         x.a = k + row * ldk;
@@ -258,7 +266,7 @@ static void accumulate_turned(const fa_product *x) {
     const ptrdiff_t run = (ptrdiff_t)x->cols * RUN_UNITS;
     tiles_product y = {.ldc = panel, .a_row = RUN_UNITS, .a_next = TILE_UNITS, .a_run = run,
                        .b = (const unit *)x->a + (ptrdiff_t)start * RUN_UNITS * panel, .b_row = panel,
-                       .b_run = (ptrdiff_t)RUN_UNITS * panel, .add = 1, .rows = 2 * RUN_UNITS,
+                       .b_run = (ptrdiff_t)RUN_UNITS * panel, .add = 1, .rows = 2 * RUN_UNITS, .ahead = run,
                        .depth = (end + RUN_UNITS - 1) / RUN_UNITS * RUN_UNITS - start * RUN_UNITS};
     for (int col = 0; col < x->cols; col += 2 * RUN_UNITS) {
         int tall = x->cols - col > RUN_UNITS;
@@ -304,7 +312,7 @@ static void transpose_units(unit *dst, const unit *a, ptrdiff_t ld, int rows, in
 
 #define LEFT_RUNS 8  // of a transposed left operand at a time
 
-static void accumulate(const fa_product *x) {
+static void accumulate_by_tiles(const fa_product *x) {
     unit left[2][LEFT_RUNS * TILE_UNITS] __attribute__((aligned(64)));
     const real *alpha = x->alpha;
     for (int row = 0; row < x->rows; row += 2 * RUN_UNITS) {

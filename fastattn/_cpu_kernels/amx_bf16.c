@@ -3,8 +3,8 @@
 #define FA_TYPE "bf16"
 #define FA_BF16_PAIRS
 #define FA_AMX
-#define FA_BR 256
-#define FA_BC 256
+#define FA_BR 512
+#define FA_BC 512
 #define FA_BR_BACKWARD 128
 #define FA_BC_BACKWARD 128
 #include "tile.h"

@@ -280,7 +280,6 @@ static void few_scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, const
     finish_scores(s, panel, keys, keep, how, tile_max);
 }
 
-#ifndef FA_AMX
 // Few rows read the right operand from memory, unless it was packed.
 #define ACCUMULATE_AHEAD(MR) (PAIR == 1 && MR <= FA_FEW_ROWS ? FA_AHEAD / 2 : 0)
 
@@ -377,7 +376,7 @@ INLINE void accumulate_strip(const fa_product *x, int first, int last, int most_
     }
 }
 
-static void accumulate(const fa_product *x) {
+static void accumulate_by_vectors(const fa_product *x) {
     if (!x->strip) {
         accumulate_strip(x, 0, x->depth, ACCUMULATE_MR);
         return;
@@ -389,7 +388,15 @@ static void accumulate(const fa_product *x) {
     }
 }
 
+static void accumulate(const fa_product *x) {
+#ifdef FA_AMX
+    if (!x->few) {
+        accumulate_by_tiles(x);
+        return;
+    }
 #endif
+    accumulate_by_vectors(x);
+}
 
 // Row by row, with the right operand's excluded parts replaced by zeros.
 static void accumulate_selected(const fa_product *x, const fa_selection *which) {

@@ -104,9 +104,9 @@ INLINE void u_load_raw(const int NR, uv *to, const unit *row, ptrdiff_t ld) {
 }
 #endif
 // The dtype of which they are.
-#if defined(FA_BF16_PAIRS) && !defined(FA_AMX)
+#if defined(FA_BF16_PAIRS)
 #define FA_RAW FA_BF16
-#elif defined(__F16C__) && !defined(FA_DOUBLE) && !defined(FA_AMX)
+#elif defined(__F16C__) && !defined(FA_DOUBLE)
 #define FA_RAW FA_F16
 #else
 #define FA_RAW FA_NONE
