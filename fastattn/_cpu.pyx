@@ -73,7 +73,7 @@ cdef extern from "_cpu_kernels/kernels.h" nogil:
         const void *alpha
         const int32_t *row_start
         const int32_t *row_end
-        int32_t raw, cold, few, strip
+        int32_t raw, cold, fresh, few, strip
         fa_fetch *fetch
         int32_t fetches, fetch_rows
     ctypedef struct fa_selection:

@@ -164,7 +164,10 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
         put(kr, ws.row_max, r, -INFINITY)
     memset(ws.row_sum, 0, ws.panels * job.panel * kr.real_bytes)
     memset(ws.row_lost, 0, ws.panels * job.panel * kr.real_bytes)
-    memset(o, 0, <size_t> (ws.panels * job.panel if turned else ws.rows) * job.Dv_cols * kr.real_bytes)
+    for p in range(ws.panels):
+        ws.span[p].begun = False
+    if not turned:
+        memset(ws.o, 0, <size_t> ws.rows * job.Dv_cols * kr.real_bytes)
     softmax.alpha = ws.alpha
     softmax.tile_max = ws.tile_max
 
@@ -228,6 +231,8 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
             x.fetch = ws.fetch
             x.fetches = ws.fetches
             x.fetch_rows = ws.fetch_rows
+            x.fresh = not ws.span[p].begun
+            ws.span[p].begun = True
             if turned:
                 kr.accumulate_turned(&x)
             elif care == USUAL or kr.right_finite(ws.v_right, ws.ldv, ceil_div(k1 - k0, kr.pair), job.Dv_cols):
@@ -243,9 +248,13 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
         k0 = k1
     if turned:
         for p in range(ws.panels):
-            kr.turn_back(reals(job, ws.o, <ptrdiff_t> p * job.panel * job.Dv_cols),
-                         reals(job, o, <ptrdiff_t> p * job.panel * job.Dv_cols), job.panel,
-                         min(job.panel, ws.rows - p * job.panel), job.Dv_cols)
+            n = min(job.panel, ws.rows - p * job.panel)
+            x.c = reals(job, ws.o, <ptrdiff_t> p * job.panel * job.Dv_cols)
+            if ws.span[p].begun:
+                kr.turn_back(x.c, reals(job, o, <ptrdiff_t> p * job.panel * job.Dv_cols), job.panel, n,
+                             job.Dv_cols)
+            else:
+                memset(x.c, 0, <size_t> n * job.Dv_cols * kr.real_bytes)
 
 # Powers of two to scale P down by, so that a sum over all keys stays below the largest summand.
 cdef inline int scaled_bits(const Job *job) noexcept nogil:

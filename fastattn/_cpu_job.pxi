@@ -58,6 +58,7 @@ cdef struct Job:
 cdef struct Span:
     int64_t first, end, all_from, all_to
     int64_t low_segment, high_segment
+    bint begun                 # forward: its turned sums hold something
 
 # Query rows [row, row + rows) of a few heads that share a key head.
 cdef struct Block:

@@ -266,13 +266,13 @@ static void accumulate_turned(const fa_product *x) {
     const ptrdiff_t run = (ptrdiff_t)x->cols * RUN_UNITS;
     tiles_product y = {.ldc = panel, .a_row = RUN_UNITS, .a_next = TILE_UNITS, .a_run = run,
                        .b = (const unit *)x->a + (ptrdiff_t)start * RUN_UNITS * panel, .b_row = panel,
-                       .b_run = (ptrdiff_t)RUN_UNITS * panel, .add = 1, .rows = 2 * RUN_UNITS, .ahead = run,
+                       .b_run = (ptrdiff_t)RUN_UNITS * panel, .add = !x->fresh, .rows = 2 * RUN_UNITS, .ahead = run,
                        .depth = (end + RUN_UNITS - 1) / RUN_UNITS * RUN_UNITS - start * RUN_UNITS};
     for (int col = 0; col < x->cols; col += 2 * RUN_UNITS) {
         int tall = x->cols - col > RUN_UNITS;
         y.c = (real *)x->c + (ptrdiff_t)col * panel;
         y.a = (const unit *)x->b + start * run + col * RUN_UNITS;
-        if (x->alpha)
+        if (x->alpha && !x->fresh)
             for (int lane = 0; lane < panel; lane += V_LANES) {
                 vr alpha = v_load((const real *)x->alpha + lane);
                 for (int i = 0; i < (tall ? 2 : 1) * RUN_UNITS; i++) {
@@ -280,7 +280,7 @@ static void accumulate_turned(const fa_product *x) {
                     v_store(at, v_load(at) * alpha);
                 }
             }
-        if (y.depth > 0) tiles_of[tall][wide](&y);
+        if (x->fresh || y.depth > 0) tiles_of[tall][wide](&y);
     }
 }
 

@@ -95,6 +95,7 @@ typedef struct {
     const int32_t *row_start, *row_end;  // part of each row's depth (the rest is excluded), or NULL
     int32_t raw;                // B's rows are as they lie in memory (fa_kernels.raw), ldb is theirs
     int32_t cold;               // C is likely to be outside the cache
+    int32_t fresh;              // accumulate_turned's C is zeros, whatever lies there
     int32_t few;                // few_scores' rows; their chains are the same with and without `raw`
     int32_t strip;              // depth that all rows go through before the next; 0: all
     fa_fetch *fetch;            // of each of these so many rows are fetched for every MR rows of C
