@@ -22,7 +22,7 @@
 
 #define RUN_UNITS 16  // of one instruction; also its rows and columns
 #define TILE_UNITS (RUN_UNITS * RUN_UNITS)
-_Static_assert(FA_RUN == RUN_UNITS * PAIR, "a run of keys is one instruction");
+_Static_assert(FA_RUN == RUN_UNITS * PAIR && SCORES_STEP == RUN_UNITS, "whole instructions");
 
 // The registers: 0 to 3 of C, 4 and 5 of A, 6 and 7 of B, all of whole tiles. To shape them takes as
 // long as ten products.
@@ -70,9 +70,9 @@ typedef struct {
     const unit *a, *b;
     ptrdiff_t a_row, a_next, a_run;  // from a row, a tile of 16 rows, a run of units to the next
     ptrdiff_t b_row, b_run;
+    ptrdiff_t ahead;                 // to what is wanted soon of A
     int rows, depth;                 // rows of A, and with `edges` of C too; units
     int add;
-    ptrdiff_t ahead;                 // of A, to the first level of the cache
 } tiles_product;
 
 // Registers are named in the instructions themselves: a function cannot take them.
@@ -196,14 +196,14 @@ static void scores(void *s_, int panel, const void *k_, ptrdiff_t ldk, int in_pl
 
 // ---- turned products -------------------------------------------------------------------------
 
-// Eight columns from `col` on of 32 rows of halves, as rows of a tile.
-INLINE void turn_halves(__m512i *dst, const char *const *row, ptrdiff_t offset) {
+// Eight columns of 32 rows of halves, as rows of a tile.
+INLINE void turn_halves(__m512i *dst, const char *const *row) {
     __m512i x[8], y[8];
     UNROLL for (int j = 0; j < 8; j++) {
-        x[j] = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(row[j] + offset)));
-        x[j] = _mm512_inserti32x4(x[j], _mm_loadu_si128((const void *)(row[j + 8] + offset)), 1);
-        x[j] = _mm512_inserti32x4(x[j], _mm_loadu_si128((const void *)(row[j + 16] + offset)), 2);
-        x[j] = _mm512_inserti32x4(x[j], _mm_loadu_si128((const void *)(row[j + 24] + offset)), 3);
+        x[j] = _mm512_castsi128_si512(_mm_loadu_si128((const void *)row[j]));
+        x[j] = _mm512_inserti32x4(x[j], _mm_loadu_si128((const void *)row[j + 8]), 1);
+        x[j] = _mm512_inserti32x4(x[j], _mm_loadu_si128((const void *)row[j + 16]), 2);
+        x[j] = _mm512_inserti32x4(x[j], _mm_loadu_si128((const void *)row[j + 24]), 3);
     }
     UNROLL for (int j = 0; j < 4; j++) {
         y[j] = _mm512_unpacklo_epi16(x[2 * j], x[2 * j + 1]);      // columns 0 to 3
@@ -226,24 +226,19 @@ static void pack_turned(void *dst_, int cols, const fa_rows *src) {
     static const uint16_t zeros[8];
     __m512i *dst = dst_;
     for (int r = 0; r < src->rows; r += FA_RUN) {
-        const char *row[FA_RUN];
-        for (int i = 0; i < FA_RUN; i++) {
-            row[i] = r + i < src->rows ? src->row[r + i] : (const char *)zeros;
-            if (r + i < src->rows) fetch_ahead(src, r + i);
-        }
+        for (int i = r; i < r + FA_RUN && i < src->rows; i++) fetch_ahead(src, i);
         for (int col = 0; col < cols; col += 8, dst += 8) {
+            const int in_place = src->stride == 2 && col + 8 <= src->cols;
+            uint16_t part[FA_RUN][8];
             const char *at[FA_RUN];
-            if (src->stride == 2 && col + 8 <= src->cols) {
-                for (int i = 0; i < FA_RUN; i++) at[i] = r + i < src->rows ? row[i] + 2 * col : row[i];
-                turn_halves(dst, at, 0);
-            } else {
-                uint16_t part[FA_RUN][8];
-                for (int i = 0; i < FA_RUN; i++) {
+            for (int i = 0; i < FA_RUN; i++) {
+                at[i] = (const char *)(in_place ? zeros : part[i]);
+                if (in_place && r + i < src->rows)
+                    at[i] = src->row[r + i] + 2 * col;
+                else if (!in_place)
                     for (int c = 0; c < 8; c++) part[i][c] = half_at(src, r + i, col + c);
-                    at[i] = (const char *)part[i];
-                }
-                turn_halves(dst, at, 0);
             }
+            turn_halves(dst, at);
         }
     }
 }
@@ -263,11 +258,12 @@ static void accumulate_turned(const fa_product *x) {
         }
     }
     start /= RUN_UNITS;
+    end = (end + RUN_UNITS - 1) / RUN_UNITS;
     const ptrdiff_t run = (ptrdiff_t)x->cols * RUN_UNITS;
     tiles_product y = {.ldc = panel, .a_row = RUN_UNITS, .a_next = TILE_UNITS, .a_run = run,
                        .b = (const unit *)x->a + (ptrdiff_t)start * RUN_UNITS * panel, .b_row = panel,
-                       .b_run = (ptrdiff_t)RUN_UNITS * panel, .add = !x->fresh, .rows = 2 * RUN_UNITS, .ahead = run,
-                       .depth = (end + RUN_UNITS - 1) / RUN_UNITS * RUN_UNITS - start * RUN_UNITS};
+                       .b_run = (ptrdiff_t)RUN_UNITS * panel, .add = !x->fresh, .rows = 2 * RUN_UNITS,
+                       .ahead = run, .depth = (end - start) * RUN_UNITS};
     for (int col = 0; col < x->cols; col += 2 * RUN_UNITS) {
         int tall = x->cols - col > RUN_UNITS;
         y.c = (real *)x->c + (ptrdiff_t)col * panel;
@@ -291,7 +287,8 @@ static void turn_back(void *dst_, const void *src_, int panel, int rows, int col
     for (int col = 0; col < cols; col += V_LANES)
         for (int lane = 0; lane < rows; lane += V_LANES) {
             vr block[V_LANES];
-            UNROLL for (int i = 0; i < V_LANES; i++) block[i] = v_load(src + (ptrdiff_t)(col + i) * panel + lane);
+            UNROLL for (int i = 0; i < V_LANES; i++)
+                block[i] = v_load(src + (ptrdiff_t)(col + i) * panel + lane);
             v_transpose(block);
             UNROLL for (int i = 0; i < V_LANES; i++)
                 if (lane + i < rows) v_store(dst + (ptrdiff_t)(lane + i) * cols + col, block[i]);
@@ -341,7 +338,7 @@ static void accumulate_by_tiles(const fa_product *x) {
             int n = end - start < LEFT_RUNS * RUN_UNITS ? end - start : LEFT_RUNS * RUN_UNITS;
             tiles_product y = {.ldc = x->ldc, .a_row = x->a_row, .a_next = RUN_UNITS * x->a_row,
                                .a_run = RUN_UNITS, .b_row = x->ldb, .b_run = RUN_UNITS * x->ldb,
-                               .rows = rows, .depth = n, .add = 1};
+                               .rows = rows, .depth = n, .add = 1, .ahead = RUN_UNITS};
             y.a = (const unit *)x->a + row * x->a_row + start * x->a_depth;
             if (x->a_depth != 1) {
                 for (int i = 0; i <= tall; i++)
