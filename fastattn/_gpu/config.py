@@ -416,7 +416,7 @@ def choose(
 ) -> Config:
     """The configuration that serves a problem with these element-wise options.
 
-    `rows` is how many query rows share the loads of a forward's keys.
+    `rows` is how many query rows share the loads of a forward's keys, or the splits to combine.
     """
     if family == "sm_90a":
         found = None
@@ -427,7 +427,8 @@ def choose(
         return found or choose(kernel, arch, _GENERIC, dtype, options, D, Dv, rows)
     if kernel in SMALL_KERNELS:
         options = "all" if kernel == "survey" else ""
-        warps = 16 if kernel == "combine" else 4  # as many loads at once as there are splits
+        # Many splits wait for each other less; for few, more blocks fit.
+        warps = 16 if kernel == "combine" and rows > ROW_CLASSES[0] else 4
         return Config(kernel, family, dtype, options, 32, 32, False, 64, 64, warps, 1)
     size = DTYPES[Config(kernel, family, dtype, *(0,) * 8).tile_dtype]
     if kernel == "backward_bias" or (options and (size > 2 or rows < ROW_CLASSES[-1])):

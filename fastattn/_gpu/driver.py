@@ -238,7 +238,7 @@ def _forward(call: _Call, out: Layout, lse: Layout) -> None:
     heads = p.batch * (p.Hkv if packed else p.Hq)
     call.launch(config, heads * tiles * pieces * splits, arrays, scalars)
     if splits > 1:
-        call.launch(call.config("combine"), p.batch * p.Hq * p.Lq, arrays, scalars)
+        call.launch(call.config("combine", splits), p.batch * p.Hq * p.Lq, arrays, scalars)
 
 
 def _hopper_forward(
