@@ -356,12 +356,15 @@ def _hopper_forward(dtype: str, options: str, D: int, Dv: int, rows: int) -> Con
 _LEAST_OF_HALVES = 16
 _HOPPER_BACKWARD_TILES = {
     ("backward_q", 2): {64: (128, 128), 96: (128, 128), 128: (128, 128), 256: (128, 64)},
+    # Of 96 columns its products would be serialised, for want of registers.
+    ("backward_q added", 2): {64: (128, 128), 128: (128, 128), 256: (128, 64)},
     ("backward_kv", 2): {64: (128, 128), 96: (64, 128), 128: (64, 128), 256: (64, 64)},
     ("backward_kv factor", 2): {64: (64, 128), 96: (64, 128), 128: (64, 128)},
     ("backward_q", 4): {64: (128, 64), 128: (128, 32)},
     ("backward_kv", 4): {64: (64, 128), 128: (32, 128)},
 }
 _BITS = ("bools", "segments")  # options that come to a tile as a bit for each pair
+_ADDED = (*_BITS, "numbers")  # that warps bring for others
 _FACTORS = ("softcap", "alibi", "dropout")  # that take registers
 
 
@@ -375,8 +378,10 @@ def _hopper_backward(kernel: str, dtype: str, options: str, D: int, Dv: int) -> 
         return None
     if size == 4 and min(D, Dv) < _LEAST_OF_HALVES:
         return None
-    factor = " factor" if kernel == "backward_kv" and options in _FACTORS else ""
-    for tile, (Br, Bc) in _HOPPER_BACKWARD_TILES[kernel + factor, size].items():
+    of_options = {"backward_q": (_ADDED, " added"), "backward_kv": (_FACTORS, " factor")}
+    special, which = of_options[kernel]
+    tiles = _HOPPER_BACKWARD_TILES[kernel + (which if options in special else ""), size]
+    for tile, (Br, Bc) in tiles.items():
         if max(D, Dv) <= tile:
             own = f"hopper_{kernel}"
             name = own if size == 2 else own.replace("backward", "halves")
