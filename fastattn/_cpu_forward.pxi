@@ -157,7 +157,6 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
     cdef const uint32_t *drop
     cdef double drop_scale = job.drop_scale
     cdef bint moved, raw, turned = job.turned and care == USUAL
-    cdef void *o = ws.o_turned if turned else ws.o
     if care == SCALED:
         drop_scale = ldexp(drop_scale, -scaled_bits(job))
     for r in range(ws.panels * job.panel):
@@ -209,7 +208,7 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
             softmax.row_lost = reals(job, ws.row_lost, p * job.panel)
             moved = kr.softmax(ws.p, ws.s, job.panel, n, 1 if job.adjusted else job.scale, &softmax,
                                drop, drop_scale)
-            x.c = reals(job, o, <ptrdiff_t> p * job.panel * job.Dv_cols)
+            x.c = reals(job, ws.o, <ptrdiff_t> p * job.panel * job.Dv_cols)
             x.ldc = x.cols = job.Dv_cols
             x.a = ws.p
             x.a_row = 1
@@ -251,8 +250,8 @@ cdef void attend(const Job *job, Workspace *ws, int64_t kv_head, int care, int64
             n = min(job.panel, ws.rows - p * job.panel)
             x.c = reals(job, ws.o, <ptrdiff_t> p * job.panel * job.Dv_cols)
             if ws.span[p].begun:
-                kr.turn_back(x.c, reals(job, o, <ptrdiff_t> p * job.panel * job.Dv_cols), job.panel, n,
-                             job.Dv_cols)
+                memcpy(ws.scratch, x.c, <size_t> job.panel * job.Dv_cols * kr.real_bytes)
+                kr.turn_back(x.c, ws.scratch, job.panel, n, job.Dv_cols)
             else:
                 memset(x.c, 0, <size_t> n * job.Dv_cols * kr.real_bytes)
 

@@ -69,7 +69,6 @@ cdef struct Block:
 cdef struct Workspace:
     void *q_lanes
     void *o                    # backward: dq
-    void *o_turned
     void *s
     void *p
     void *k_tile
@@ -169,7 +168,6 @@ cdef size_t lay_out(const Job *job, Workspace *ws, char *base) noexcept nogil:
 
     ws.q_lanes = carve(base, &used, rows * query_ld(job) * unit)
     ws.o = carve(base, &used, rows * real * (job.D_cols if job.is_backward else job.Dv_cols))
-    ws.o_turned = carve(base, &used, rows * job.Dv_cols * real if job.turned else 0)
     ws.s = carve(base, &used, tile * real)
     ws.k_tile = carve(base, &used, 0 if job.k_in_place else Bc * key_ld(job) * unit)
     ws.keep = <uint32_t *> carve(base, &used, panels * Bc * sizeof(uint32_t))
@@ -202,7 +200,7 @@ cdef size_t lay_out(const Job *job, Workspace *ws, char *base) noexcept nogil:
     else:
         ws.p = carve(base, &used, key_pairs * job.panel * unit) if kr.pair == 2 else ws.s
         ws.v_tile = carve(base, &used, 0 if job.v_in_place else key_pairs * job.Dv_cols * unit)
-        ws.scratch = carve(base, &used, key_pairs * job.Dv_cols * unit)
+        ws.scratch = carve(base, &used, max(key_pairs, <size_t> job.panel) * job.Dv_cols * unit)
         ws.row_max = carve(base, &used, rows * real)
         ws.row_sum = carve(base, &used, rows * real)
         ws.row_lost = carve(base, &used, rows * real)
